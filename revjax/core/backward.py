@@ -1,0 +1,148 @@
+"""The backward pass: the same runs in reverse, rebuilding or reading what each f's gradient needs.
+
+    dx[l-1], dx[l], df   from dx[l+1], by the transpose of one step
+    dparams, dx[l]       from df, by the transpose of f at x[l]
+
+How x[l] is come by is the plan's answer: inverted, computed again from a keyframe, or stored.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import forward
+from .layers import Layers, by_f
+from .plan import All, Inputs, Nothing
+from .trace import Function, is_float
+from .varying import vary_alike
+
+PyTree = Any
+
+
+def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents: dict):
+    """Returns the gradients of (params, context, closures), those of the streams, and (N,) rows rebuilt wrong."""
+    params, context, closures = diff
+    dstreams, streams = cotangents["streams"], None
+    dcontext, dclosures = _zeros(context, like=dstreams), _zeros(closures, like=dstreams)
+    dparams, dclosures, wrong = list(params), list(dclosures), [None] * len(params)
+    for i in reversed(range(len(layers.keeps))):
+        plan, replay = layers.keeps[i], not isinstance(layers.keeps[i], All)
+        shared = layers.shared_inputs(i, diff, rest, replay=replay)
+        inputs_L = layers.layer_inputs(i, diff, rest)
+        inputs_L = tuple(x | out for x, out in zip(inputs_L, kept[i]["outs"], strict=True))
+        daux_L = cotangents["aux"][i]
+        streams = kept[i].get("end", streams)
+        dcarry = (dstreams, dcontext, dclosures[i][replay])
+        if isinstance(plan, Nothing):
+            (streams, dcarry), outs = _invert_run(layers, i, shared, streams, dcarry, inputs_L, daux_L)
+        elif isinstance(plan, Inputs):
+            dcarry, outs = _recompute_run(layers, i, shared, kept[i]["start"], dcarry, inputs_L, daux_L, plan.every)
+        else:
+            dcarry, outs = _read_run(layers, i, shared, dcarry, inputs_L, daux_L)
+        dstreams, dcontext, dclosure = dcarry
+        dclosures[i] = (dclosures[i][0], dclosure) if replay else (dclosure, dclosures[i][1])
+        dparams[i], wrong_of_fns = zip(*outs, strict=True)
+        wrong[i] = jnp.sum(by_f(wrong_of_fns).reshape(layers.num_fns(i), -1), axis=1)
+    return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong)
+
+
+def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_L):
+    """Rebuilds x[l-1] from x[l] and x[l+1]; one evaluation of f serves the inverse and the gradient."""
+
+    def invert(carry, inputs, daux, fn, closure):
+        (q, q_next), dcarry = carry
+        args, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, inputs)
+        q_prev = layers.arithmetic.unstep(layers.coupling, q, q_next, fx, inputs["kept"], inputs["number"])
+        q_prev = layers.constrain(q_prev)
+        x_prev = layers.arithmetic.decode(q_prev)
+        step_vjp = forward.step_vjp(layers, x_prev, args[1], fx, inputs["number"])
+        dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux)
+        return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
+
+    return _reverse_scan(
+        layers, layers.replays[i], shared, invert, (streams, dcarry), (inputs_L, daux_L), layers.lengths[i]
+    )
+
+
+def _read_run(layers: Layers, i: int, shared, dcarry, inputs_L, daux_L):
+    """Every activation was stored."""
+    read = lambda dcarry, inputs, daux, fn, closure: _read(layers, shared, dcarry, inputs, daux, fn, closure)
+    return _reverse_scan(layers, layers.fns[i], shared, read, dcarry, (inputs_L, daux_L), layers.lengths[i])
+
+
+def _recompute_run(layers: Layers, i: int, shared, start, dcarry, inputs_L, daux_L, every: int):
+    """From each keyframe: `every` layers forward, storing their activations, and back."""
+    fns = layers.replays[i]
+
+    def segment(dcarry, segment_inputs):
+        streams, inputs_L, daux_L = segment_inputs
+        again = lambda streams, inputs: forward.period(layers, fns, shared, streams, inputs, vjps=True)
+        _, outs = jax.lax.scan(again, streams, inputs_L, length=every)
+        inputs_L = tuple(x | {"vjp": o["vjp"], "again": o["end_sum"]} for x, o in zip(inputs_L, outs, strict=True))
+
+        def read(dcarry, inputs, daux, fn, closure):
+            dcarry, (dparams, _) = _read(layers, shared, dcarry, inputs, daux, fn, closure)
+            return dcarry, (dparams, _differ(inputs["again"], inputs["end_sum"]))
+
+        return _reverse_scan(layers, fns, shared, read, dcarry, (inputs_L, daux_L), every)
+
+    xs = (start, *forward.in_segments((inputs_L, daux_L), every))
+    dcarry, outs = jax.lax.scan(segment, dcarry, xs, reverse=True, length=layers.lengths[i] // every)
+    return dcarry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
+
+
+def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
+    leaves, step_leaves = inputs["vjp"]
+    step_vjp = jax.tree.unflatten(layers.trees[fn], step_leaves)
+    args = forward.arguments(shared, closure, np.zeros(()), inputs)  # x is among the leaves
+    dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux)
+    return dcarry, (dparams, jnp.zeros(()))
+
+
+def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
+    """Undoes each period, last f first. Returns the carry, and for each f of a period what `undo` left (L, ...)."""
+
+    def unlayer(carry, xs):
+        outs = []
+        for fn, closure, inputs, daux in reversed(list(zip(fns, shared["closures"], *xs, strict=True))):
+            carry, out = undo(carry, inputs, daux, fn, closure)
+            outs.append(out)
+        return carry, tuple(outs[::-1])
+
+    return jax.lax.scan(unlayer, carry, xs_L, reverse=True, length=length)
+
+
+def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux):
+    """Cotangents through one step and one f. Returns those of the streams and of what is shared, and dparams."""
+    (dx, dx_next), dcontext, dclosures = dcarry
+    dx_prev, dx_step, dfx = step_vjp(dx_next)
+    ((dparams, dx_f, dinputs, dclosure),) = fn.transpose(args, leaves, (dfx, daux))
+    dx = dx_step + dx_f if dx is None else dx + dx_step + dx_f
+    if layers.coupling.order == 2:
+        dstreams = (layers.constrain(dx_prev), layers.constrain(dx))
+    else:
+        dstreams = (None, layers.constrain(dx))
+    place = layers.place[fn]
+    dclosures = tuple(_add(d, dclosure) if j == place else d for j, d in enumerate(dclosures))
+    return (dstreams, _add(dcontext, dinputs.get("context")), dclosures), dparams
+
+
+def _wrong(layers: Layers, q, forward_sum) -> jax.Array:
+    """How many rows of q are not what they were in the forward pass; float streams cannot tell, and say 0."""
+    return jnp.zeros(()) if forward_sum is None else _differ(layers.arithmetic.checksum(q), forward_sum)
+
+
+def _differ(sums, forward_sums) -> jax.Array:
+    return jnp.zeros(()) if forward_sums is None else (sums != forward_sums).astype(jnp.float32)
+
+
+def _zeros(tree: PyTree, like: PyTree) -> PyTree:
+    """Where gradients that every layer adds to begin: at least float32."""
+    zeros = lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)) if is_float(a) else None
+    return vary_alike(jax.tree.map(zeros, tree), like=like)
+
+
+def _add(total: PyTree, more: PyTree) -> PyTree:
+    return total if more is None else jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, more)

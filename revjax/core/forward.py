@@ -1,0 +1,132 @@
+"""The forward pass: through every run, leaving behind what the plan says is kept for the backward pass."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .layers import Layers, by_f, given
+from .plan import All, Inputs, Nothing
+from .streams import row_max
+from .trace import Function
+
+PyTree = Any
+
+
+def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bool) -> tuple[dict, list[dict]]:
+    """Applies every run. Returns the outputs, and for each run what the backward pass will find.
+
+    What is kept of a run (the rest is dropped, and costs nothing):
+      nothing    kept   the bits of the coupling (L, ...)
+                 sum    one checksum for each f and row (L, B)
+                 end    the streams after it, unless the next run's backward pass rebuilds them
+      inputs     start  the streams before every k-th layer (L / k, ...)
+                 sum
+      all        vjp    every activation (L, ...)
+    and for `nothing` and `inputs` the tape of each f that has one.
+    """
+    broken = sum(layers.arithmetic.unsafe(x) for x in jax.tree.leaves(streams))
+    streams = jax.tree.map(lambda x: layers.constrain(layers.arithmetic.encode(x)), streams)
+    outs_of_runs, kept = [], []
+    for i, plan in enumerate(layers.keeps):
+        shared = layers.shared_inputs(i, diff, rest, replay=False)
+        inputs_L = layers.layer_inputs(i, diff, rest)
+        if keep and isinstance(plan, Inputs):
+            streams, outs, start = _run_with_keyframes(layers, i, shared, streams, inputs_L, plan.every)
+        else:
+            layer = functools.partial(period, layers, layers.fns[i], shared, vjps=keep and isinstance(plan, All))
+            streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.lengths[i])
+            start = None
+        outs_of_runs.append(outs)
+        names = {Nothing: ("kept", "sum", "tape"), Inputs: ("end_sum", "tape"), All: ("vjp",)}[type(plan)]
+        kept.append({"outs": tuple({name: o[name] for name in names} for o in outs), "start": start})
+        if isinstance(plan, Nothing) and not any(isinstance(later, Nothing) for later in layers.keeps[i + 1 : i + 2]):
+            kept[-1]["end"] = streams
+
+    pick = lambda name: jnp.concatenate([by_f([o[name] for o in outs]) for outs in outs_of_runs])
+    unsafe = pick("unsafe").at[0].add(broken)
+    floats = jax.tree.map(lambda q: _poison(layers.arithmetic.decode(q), jnp.sum(unsafe, axis=0) > 0), streams)
+    per_f = lambda name: tuple(tuple(o[name] for o in outs) for outs in outs_of_runs)
+    out = {"streams": floats, "aux": per_f("aux"), "unsafe": unsafe, "max_abs": pick("max_abs")}
+    return out | {"cache": per_f("cache")}, kept
+
+
+def _run_with_keyframes(layers: Layers, i: int, shared, streams, inputs_L, every: int):
+    """One run, as a scan over segments of `every` layers; returns the streams before each segment as well."""
+    layer = functools.partial(period, layers, layers.fns[i], shared, vjps=False)
+
+    def segment(streams, inputs):
+        end, outs = jax.lax.scan(layer, streams, inputs, length=every)
+        return end, (streams, outs)
+
+    num_segments = layers.lengths[i] // every
+    streams, (start, outs) = jax.lax.scan(segment, streams, in_segments(inputs_L, every), length=num_segments)
+    return streams, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs), start
+
+
+def in_segments(tree_L: PyTree, every: int) -> PyTree:
+    """(L, ...) -> (L / every, every, ...)."""
+    return jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), tree_L)
+
+
+def period(layers: Layers, fns: tuple[Function, ...], shared: dict, streams: PyTree, inputs: tuple, *, vjps: bool):
+    """Applies the f's of one period. Returns the streams after it, and for each f what it leaves behind."""
+    outs = []
+    for fn, closure, given_to_f in zip(fns, shared["closures"], inputs, strict=True):
+        streams, out = step(layers, fn, shared, closure, streams, given_to_f, vjps=vjps)
+        outs.append(out)
+    return streams, tuple(outs)
+
+
+def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, inputs: dict, *, vjps: bool):
+    """x[l+1] = x[l] + b (x[l-1] - x[l]) + h f(x[l])."""
+    arithmetic, (q_prev, q), n = layers.arithmetic, streams, inputs["number"]
+    args, fx, aux, tape, cache, leaves = evaluate(layers, fn, shared, closure, q, inputs)
+    q_next, kept, unsafe = arithmetic.step(layers.coupling, q_prev, q, fx, n)
+    q_next = layers.constrain(q_next)
+    out = {
+        "aux": aux,
+        "tape": tape,
+        "cache": cache,
+        "kept": kept,
+        "sum": arithmetic.checksum(q_prev),
+        "end_sum": arithmetic.checksum(q_next),
+        "unsafe": unsafe,
+        "max_abs": row_max(jnp.abs(arithmetic.decode(q_next))),
+    }
+    if vjps:
+        step_leaves, layers.trees[fn] = jax.tree.flatten(step_vjp(layers, arithmetic.decode(q_prev), args[1], fx, n))
+        out["vjp"] = (leaves, step_leaves)
+    return (q if layers.coupling.order == 2 else None, q_next), out
+
+
+def evaluate(layers: Layers, fn: Function, shared: dict, closure, q, inputs: dict):
+    """Runs f at a stream, the same way in both passes; the barriers keep its neighbours from being fused into it."""
+    x = jax.lax.optimization_barrier(layers.arithmetic.decode(q))
+    args = arguments(shared, closure, x, inputs)
+    ((fx, aux), (tape, cache)), leaves = fn(args)
+    return args, jax.lax.optimization_barrier(fx), aux, tape, cache, leaves
+
+
+def arguments(shared: dict, closure, x, inputs: dict) -> PyTree:
+    """What a `Function` takes."""
+    keywords = given(
+        side=inputs["side"],
+        shared=shared["shared"],
+        context=shared["context"],
+        tape=inputs.get("tape"),
+        cache=inputs.get("cache"),
+    )
+    return inputs["params"], x, keywords, closure
+
+
+def step_vjp(layers: Layers, x_prev, x, fx, n):
+    """The transpose of one step of the recurrence: dx[l+1] -> (dx[l-1], dx[l], df)."""
+    forward = lambda x_prev, x, fx: layers.coupling.forward(x_prev, x, fx, n).astype(x.dtype)
+    return jax.vjp(forward, x_prev, x, fx)[1]
+
+
+def _poison(x: jax.Array, broken: jax.Array) -> jax.Array:
+    """NaN in every row that held an unsafe element, so that a broken number is not taken for a good one."""
+    return jnp.where(broken.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x)

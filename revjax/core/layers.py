@@ -1,0 +1,186 @@
+"""Runs of layers, as the user gives them and as the two passes run them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .coupling import AbstractCoupling
+from .plan import Inputs, Keep
+from .streams import Exact, Float
+from .trace import Function, trace
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A period of functions, repeated with its own parameters each time.
+
+    Each `f(params, x)` returns the increment f(x), not x + f(x). It may return `(fx, extras)` instead, with
+    `extras` a dict of any of
+      aux    a pytree of outputs with gradients (a router's loss), stacked over repeats;
+      tape   discrete decisions or other values that the backward pass must not compute again: it calls
+             f with them as `tape=`;
+      cache  where a cache came in as `cache=`: what it became (forward only).
+
+    Attributes:
+      fns: one function, or a tuple of functions (a period: attention, then MLP).
+      params_L: a pytree whose leaves have a leading axis of repeats; a tuple of them if `fns` is a tuple.
+      side_L: likewise, what each f gets as `side=` (PRNG keys, say); not differentiated. None: nothing.
+      cache_L: likewise, what each f gets as `cache=`.
+      length: the number of repeats; needed only where no array tells.
+    """
+
+    fns: Callable | tuple[Callable, ...]
+    params_L: PyTree
+    side_L: PyTree = None
+    cache_L: PyTree = None
+    length: int | None = None
+
+    def __post_init__(self):
+        if callable(self.fns):
+            for name in ("fns", "params_L", "side_L", "cache_L"):
+                object.__setattr__(self, name, (getattr(self, name),))
+        object.__setattr__(self, "fns", tuple(self.fns))
+        for name in ("params_L", "side_L", "cache_L"):
+            value = getattr(self, name)
+            value = (None,) * len(self.fns) if value is None else value
+            if not isinstance(value, (tuple, list)) or len(value) != len(self.fns):
+                raise ValueError(
+                    f"Run.{name} must be a tuple with one entry for each of the {len(self.fns)} functions, but got "
+                    f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}."
+                )
+            object.__setattr__(self, name, tuple(value))
+        lengths = {
+            a.shape[0] if getattr(a, "ndim", 0) else None
+            for a in jax.tree.leaves((self.params_L, self.side_L, self.cache_L))
+        }
+        lengths |= {self.length} if self.length is not None else set()
+        if len(lengths) != 1 or None in lengths:
+            raise ValueError(
+                "Every array of a run must have the same leading axis, its number of repeats, but got "
+                f"{sorted(map(str, lengths)) or 'no array (pass length=)'}. Stack the parameters of its layers, for "
+                "example with jax.vmap of the initialiser over keys."
+            )
+        object.__setattr__(self, "length", lengths.pop())
+
+    def slice(self, start: int, stop: int) -> "Run":
+        """Its repeats from `start` up to `stop`."""
+        cut = lambda tree: jax.tree.map(lambda a: a[start:stop], tree)
+        return Run(self.fns, cut(self.params_L), cut(self.side_L), cut(self.cache_L), length=stop - start)
+
+    @property
+    def num_fns(self) -> int:
+        """How many f's the run applies, repeats counted."""
+        return len(self.fns) * self.length
+
+
+def as_runs(runs: Run | Sequence[Run]) -> list[Run]:
+    runs = [runs] if isinstance(runs, Run) else list(runs)
+    wrong = [type(run).__name__ for run in runs if not isinstance(run, Run)]
+    if wrong or not runs:
+        wrong = wrong or ["an empty list"]
+        raise TypeError(f"runs must be a Run(fns, params_L) or a list of them, but got {', '.join(wrong)}.")
+    return runs
+
+
+def with_whole_segments(runs: list[Run], keeps: Sequence[Keep]) -> tuple[list[Run], list[Keep], list[int]]:
+    """Splits a run whose keyframes leave a remainder in two. Returns the pieces, and of which run each is one.
+
+    The slices copy that run's parameters: choose K to divide the number of repeats where that matters.
+    """
+    pieces = []
+    for i, (run, keep) in enumerate(zip(runs, keeps, strict=True)):
+        rest = run.length % keep.every if isinstance(keep, Inputs) else 0
+        whole = run.length - rest
+        if whole:
+            pieces.append((run if not rest else run.slice(0, whole), keep, i))
+        if rest:
+            pieces.append((run.slice(whole, run.length), Inputs(rest), i))
+    runs, keeps, of = (list(column) for column in zip(*pieces, strict=True))
+    return runs, keeps, of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers:
+    """All that the two passes share and that is not an array: programs, coupling, arithmetic, plan.
+
+    Attributes:
+      fns, lengths: for each run, its period of programs and its repeats.
+      replays: as `fns`, the programs that are run again from a tape (the same where f has no tape).
+    """
+
+    fns: tuple[tuple[Function, ...], ...]
+    replays: tuple[tuple[Function, ...], ...]
+    lengths: tuple[int, ...]
+    keeps: tuple[Keep, ...]
+    coupling: AbstractCoupling
+    arithmetic: Exact | Float
+    constrain: Callable[[jax.Array], jax.Array]
+    trees: dict[Function, Any] = dataclasses.field(default_factory=dict)  # of stored steps: forward to backward pass
+
+    @staticmethod
+    def trace(runs: Sequence[Run], x, shared, context, coupling, arithmetic, constrain, keeps) -> "Layers":
+        stream = jax.eval_shape(lambda x: arithmetic.decode(arithmetic.encode(x)), x)
+        fns, replays = [], []
+        for run in runs:
+            period, replay = [], []
+            for f, params_L, side_L, cache_L in zip(run.fns, run.params_L, run.side_L, run.cache_L, strict=True):
+                params, side, cache = jax.eval_shape(
+                    lambda t: jax.tree.map(lambda a: a[0], t), (params_L, side_L, cache_L)
+                )
+                inputs = given(side=side, shared=shared, context=context, cache=cache)
+                inputs = jax.tree.map(jax.typeof, inputs)
+                period.append(trace(f, params, stream, inputs))
+                tape = period[-1].tape_shape
+                replay.append(trace(f, params, stream, inputs | {"tape": tape}) if tape is not None else period[-1])
+            fns.append(tuple(period))
+            replays.append(tuple(replay))
+        return Layers(
+            tuple(fns), tuple(replays), tuple(r.length for r in runs), tuple(keeps), coupling, arithmetic, constrain
+        )
+
+    @functools.cached_property
+    def place(self) -> dict[Function, int]:
+        """Where in its period a program stands."""
+        return {fn: j for periods in (self.fns, self.replays) for period in periods for j, fn in enumerate(period)}
+
+    def num_fns(self, i: int) -> int:
+        """How many f's run i applies."""
+        return len(self.fns[i]) * self.lengths[i]
+
+    def shared_inputs(self, i: int, diff: PyTree, rest: PyTree, *, replay: bool) -> dict[str, PyTree]:
+        """What every layer of run i gets: of (params, context, closures) and (sides, shared, ...)."""
+        return {"context": diff[1], "shared": rest[1], "closures": diff[2][i][replay]}
+
+    def layer_inputs(self, i: int, diff: PyTree, rest: PyTree) -> tuple[dict[str, PyTree], ...]:
+        """What each layer of run i gets, for each f of its period, with a leading axis of repeats."""
+        sides, _, numbers, caches = rest
+        period, length = len(self.fns[i]), self.lengths[i]
+        start = sum(map(self.num_fns, range(i)))
+        of_f = lambda j: jax.tree.map(lambda a: a[start + j : start + period * length : period], numbers)
+        return tuple(
+            {"params": diff[0][i][j], "side": sides[i][j], "number": of_f(j), "cache": caches[i][j]}
+            for j in range(period)
+        )
+
+    @property
+    def closures(self) -> PyTree:
+        """What the functions closed over: for each run, of each f as it is first run and as it is replayed."""
+        of = lambda periods: tuple(tuple(fn.closure for fn in period) for period in periods)
+        return tuple(zip(of(self.fns), of(self.replays), strict=True))
+
+
+def given(**inputs: PyTree) -> dict[str, PyTree]:
+    """The keywords that f is called with: those that hold something."""
+    return {name: value for name, value in inputs.items() if jax.tree.leaves(value)}
+
+
+def by_f(per_fn_L: Sequence[jax.Array]) -> jax.Array:
+    """For each f of a period (L, ...) -> (L * period, ...), in the order in which they are applied."""
+    stacked = jnp.stack(per_fn_L, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])

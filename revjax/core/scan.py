@@ -1,0 +1,202 @@
+"""`reversible_scan`: a stack of residual functions whose backward pass rebuilds what others store.
+
+    forward    x[l+1] = x[l] + b (x[l-1] - x[l]) + h f_l(x[l])
+    inverse    x[l-1] = x[l] + (x[l+1] - x[l] - h f_l(x[l])) / b
+
+A stack is a list of runs; a run repeats a period of functions f. All runs stand under one `custom_vjp`,
+so the streams stay integers from the first layer to the last. What the backward pass finds kept is the
+`plan` (see `revjax.core.plan`); each f is evaluated once more there, and that one evaluation serves
+the inverse and the gradient.
+
+Exactness needs an f that gives the same bits twice: f is one pinned program (see `trace` and `pin`), a
+checksum of every stream tells whether it did (the canary), and elements that integers cannot hold are
+counted (unsafe).
+
+Only jax is known here: f is a pure function `f(params, x) -> increment`.
+Shape suffixes: L repeats of a run's period, N all f's of the stack, B batch rows.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import backward, forward
+from .coupling import AbstractCoupling, RevNet
+from .guard import (
+    CACHE_IS_FORWARD_ONLY,
+    FIRST_ORDER_ONLY,
+    NUMBERS_NOT_DIFFERENTIATED,
+    SIDE_NOT_DIFFERENTIATED,
+    refuse_gradient,
+)
+from .layers import Layers, Run, as_runs, with_whole_segments
+from .plan import Nothing, Plan, for_runs
+from .streams import Exact, FixedPoint, Float
+from .trace import combine, is_float, partition
+from .varying import vary_alike
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScanResult:
+    """What `reversible_scan` returns.
+
+    Attributes:
+      streams: the last two, (x[l-1], x[l]), in floats. A row that held an unsafe element is NaN. The first
+        is None for a coupling that needs one stream.
+      aux: for each run, for each of its f's, the auxiliary outputs with a leading axis of repeats; or None.
+      cache: as `aux`, the caches that f returned; or None.
+      unsafe: (N,) how many elements after each f were not finite or did not fit. 0 everywhere, or see
+        `FixedPoint.limit`.
+      max_abs: (N,) the largest |x| after each f.
+    """
+
+    streams: tuple[jax.Array | None, jax.Array]
+    aux: PyTree
+    cache: PyTree
+    unsafe: jax.Array
+    max_abs: jax.Array
+
+    @property
+    def last(self) -> jax.Array:
+        """The last stream, x[l]."""
+        return self.streams[1]
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean of the two streams: the usual read-out of two-stream networks."""
+        previous, last = self.streams
+        return last if previous is None else 0.5 * (previous + last)
+
+
+def reversible_scan(
+    runs: Run | Sequence[Run],
+    x: jax.Array | tuple[jax.Array, jax.Array],
+    *,
+    coupling: AbstractCoupling | None = None,
+    plan: Plan = "nothing",
+    shared: PyTree = None,
+    context: PyTree = None,
+    canary: jax.Array | None = None,
+    exact: bool = True,
+    fraction_bits: int = 16,
+    constrain: Callable[[jax.Array], jax.Array] | None = None,
+) -> ScanResult:
+    """Applies every f of every run in turn, and differentiates them without storing their inputs.
+
+    With a reversible coupling and plan "nothing", peak memory of the backward pass does not grow with the
+    number of layers, but for the bits that the coupling keeps. Gradients are those of the same rounded
+    network with stored activations. Works under `jit`, `vmap`, `grad`, `checkpoint` and `shard_map`;
+    first-order reverse mode only.
+
+    Args:
+      runs: the functions and their stacked parameters.
+      x: float array (B, ..., D), rows first; or the two streams to start from. One array starts both.
+      coupling: how increments join the streams; RevNet() if None.
+      plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one of them for each run.
+      shared: a pytree that every f gets as `shared=`; not differentiated.
+      context: a pytree that every f gets as `context=`, with gradients (cross-attention).
+      canary: zeros (N, 3). Its gradient is, for each f, how many rows of its input were not rebuilt to the
+        bit (0, or the other gradients are not to be trusted), how many elements were unsafe, and the
+        largest |x| after it. Where gradients are summed (vmap, shard_map), so are these.
+      exact: int32 fixed-point streams. False: float streams in the dtype of x, whose inverse drifts.
+      fraction_bits: the grid of the exact streams, 2**-fraction_bits.
+      constrain: applied to every stream, rebuilt ones and their cotangents too
+        (`jax.lax.with_sharding_constraint`).
+
+    Raises:
+      TypeError, ValueError: what does not fit together, and what to do about it.
+
+    Example:
+      >>> f = lambda w, x: jnp.tanh(x @ w)
+      >>> w_L = 0.1 * jax.random.normal(jax.random.key(0), (96, 64, 64))
+      >>> loss = lambda w_L, x: jnp.mean(reversible_scan(Run(f, w_L), x).mean ** 2)
+      >>> jax.jit(jax.grad(loss))(w_L, jnp.ones((8, 64))).shape
+      (96, 64, 64)
+    """
+    coupling = RevNet() if coupling is None else coupling
+    runs = as_runs(runs)
+    runs, keeps, run_of_piece = with_whole_segments(runs, for_runs(plan, len(runs)))
+    if not coupling.reversible and any(isinstance(keep, Nothing) for keep in keeps):
+        raise ValueError(
+            f"{type(coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
+            "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
+        )
+    streams = _start(x, coupling)
+    dtype = streams[1].dtype
+    arithmetic = Exact(FixedPoint(fraction_bits)) if exact else Float(dtype)
+    num_fns = sum(run.num_fns for run in runs)
+    if canary is None:
+        canary = jnp.zeros((num_fns, 3), jnp.float32)
+    elif canary.shape != (num_fns, 3):
+        raise ValueError(f"canary must have shape ({num_fns}, 3), one row for each f, but got {canary.shape}.")
+    caching = any(cache is not None for run in runs for cache in run.cache_L)
+
+    params, streams, context, canary = vary_alike((tuple(run.params_L for run in runs), streams, context, canary))
+    runs = [dataclasses.replace(run, params_L=p) for run, p in zip(runs, params, strict=True)]
+    sides = refuse_gradient((tuple(run.side_L for run in runs), shared), SIDE_NOT_DIFFERENTIATED)
+    numbers = refuse_gradient(coupling.numbers(num_fns, streams[1]), NUMBERS_NOT_DIFFERENTIATED)
+    layers = Layers.trace(runs, streams[1], sides[1], context, coupling, arithmetic, constrain or (lambda x: x), keeps)
+    closures = vary_alike(layers.closures, like=streams)
+
+    diff, other = partition((params, context, closures))
+    rest = (other, (*sides, numbers, tuple(run.cache_L for run in runs)))
+    if caching:
+        diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
+        return _result(forward.run(layers, combine(diff, other), streams, rest[1], keep=False)[0], run_of_piece)
+
+    @jax.custom_vjp
+    def core(diff, streams, rest, canary):
+        return forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0]
+
+    def core_fwd(diff, streams, rest, canary):
+        out, kept = forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=True)
+        return out, (diff, rest, kept, out["unsafe"], out["max_abs"])  # what is kept: see forward.run
+
+    def core_bwd(residuals, cotangents):
+        diff, rest, kept, unsafe, max_abs = residuals
+        diff, cotangents = refuse_gradient((diff, cotangents), FIRST_ORDER_ONLY)
+        ddiff, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents)
+        ddiff = jax.tree.map(lambda d, a: d.astype(a.dtype), partition(ddiff)[0], diff)
+        return ddiff, dstreams, None, jnp.stack([wrong, jnp.sum(unsafe, 1), jnp.max(max_abs, 1)], axis=1)
+
+    core.defvjp(core_fwd, core_bwd)
+    try:
+        out = core(diff, streams, rest, canary)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "reversible_scan has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.hessian). Use reverse mode "
+            "(jax.grad, jax.vjp, jax.jacrev)."
+        ) from error
+    return _result(out, run_of_piece)
+
+
+def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:
+    x_prev, x = x if isinstance(x, tuple) else (x, x)
+    x_prev, x = jnp.asarray(x_prev), jnp.asarray(x)
+    if x_prev.shape != x.shape or x_prev.dtype != x.dtype:
+        raise ValueError(
+            "The two streams must have the same shape and dtype, but got "
+            f"{x_prev.dtype}{list(x_prev.shape)} and {x.dtype}{list(x.shape)}. One array `x` starts both."
+        )
+    if not is_float(x) or x.ndim < 2:
+        raise TypeError(f"x must be an array of floats, (batch, ..., d_model), but got {x.dtype}{list(x.shape)}.")
+    return (x_prev if coupling.order == 2 else None), x
+
+
+def _result(out: dict[str, PyTree], run_of_piece: list[int]) -> ScanResult:
+    def by_run(pieces):
+        if not jax.tree.leaves(pieces):
+            return None
+        runs = [[p for p, i in zip(pieces, run_of_piece, strict=True) if i == run] for run in sorted(set(run_of_piece))]
+        return tuple(same[0] if len(same) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *same) for same in runs)
+
+    unsafe, max_abs = jnp.sum(out["unsafe"], axis=1), jnp.max(out["max_abs"], axis=1)
+    return ScanResult(out["streams"], by_run(out["aux"]), by_run(out["cache"]), unsafe, max_abs)

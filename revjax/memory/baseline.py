@@ -1,0 +1,42 @@
+"""The rival: the same layers in an ordinary residual stack, `lax.scan` with `jax.checkpoint` per layer.
+
+    x[l+1] = x[l] + f_l(x[l])        x in the compute dtype
+
+Every claim of revjax is measured beside this. Nothing of the reversible core is used here, and no rounding
+is pinned: it is what one would write without revjax.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..models.decoder import Decoder
+from ..nn import cross_entropy
+
+
+def residual_stack(model: Decoder, x: jax.Array, *, remat: bool = True) -> jax.Array:
+    """The layers of `model` as an ordinary residual network; `remat` recomputes each layer in the backward pass."""
+    for branches in model.stack.runs:
+        graphdef, params_L = nnx.split(list(branches))
+
+        def layer(x, params, graphdef=graphdef):
+            for branch in nnx.merge(graphdef, params):
+                x = x + branch(x).astype(x.dtype)
+            return x, None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params_L)
+    return x
+
+
+def residual_loss(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, *, remat: bool = True) -> jax.Array:
+    """The mean cross-entropy of `model`, run as an ordinary residual network; same attention, same fused loss."""
+    dtype = jnp.dtype(model.config.dtype)
+    x_BTD = model.norm(residual_stack(model, model.embedding.encode(tokens_BT).astype(dtype), remat=remat))
+    loss, weight = cross_entropy(x_BTD, model.head_kernel, targets_BT, tile_tokens=model.config.loss_tile, dtype=dtype)
+    return loss / weight
+
+
+checkpoint_loss = functools.partial(residual_loss, remat=True)
+stored_loss = functools.partial(residual_loss, remat=False)

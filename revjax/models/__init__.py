@@ -1,0 +1,16 @@
+"""Models over any coupling and plan, and `ReversibleStack` for modules of one's own."""
+
+from .check import CheckReport as CheckReport
+from .check import check as check
+from .cost import flops_per_token as flops_per_token
+from .cost import num_params as num_params
+from .cost import summary as summary
+from .decoder import Decoder as Decoder
+from .decoder import DecoderConfig as DecoderConfig
+from .gradients import Report as Report
+from .gradients import stacks_of as stacks_of
+from .gradients import value_and_grad as value_and_grad
+from .presets import PRESETS as PRESETS
+from .presets import preset as preset
+from .stack import MutatedVariableError as MutatedVariableError
+from .stack import ReversibleStack as ReversibleStack

@@ -1,0 +1,279 @@
+"""`check`: may this block stand in a reversible stack? Run it before trusting a residual function of your own.
+
+    rebuilt        rows of each layer's stream that the backward pass did not rebuild to the bit: must be 0
+    unsafe         elements that were not finite, or did not fit the integers: must be 0
+    gradients      against the stored run of the same rounded network: equal, up to the order of sums
+    differences    the gradient along one direction against finite differences, in float64 on float streams
+
+It looks for the usual faults as well, and names them: randomness that is not replayed, a variable that is
+written to, a function that is not the same twice, a block that returns x + f(x) instead of f(x), and
+products in low precision whose roundings XLA leaves out in one of two programs (which `pin` mends).
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..core.pin import pin
+from .gradients import stacks_of, value_and_grad
+from .stack import MutatedVariableError, ReversibleStack, branch_function
+
+PyTree = Any
+TOLERANCE, LOW_TOLERANCE = 1e-5, 3e-2  # relative, of gradients: fp32 sums in another order; bf16 backward passes
+DIFFERENCES_TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What `check` found: `ok`, the `faults` in words, and a row for each f. Printing it shows a table.
+
+    Attributes:
+      faults: what is wrong, and what to do; empty if nothing is.
+      notes: what was not checked and why, or is worth knowing.
+      rows: for each f: its name, rows rebuilt wrong, unsafe elements, the largest |x|.
+      gradient_error: relative distance of the gradients from those of the stored run; None if not reached.
+      difference_error: relative distance from finite differences in float64; None if not checked.
+    """
+
+    faults: list[str]
+    notes: list[str]
+    rows: list[tuple[str, int, int, float]]
+    gradient_error: float | None
+    difference_error: float | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        out = io.StringIO()
+        console = Console(file=out, width=110, highlight=False)
+        if self.rows:
+            table = Table("branch", "rows rebuilt wrong", "unsafe elements", "max |x|", title="reversible stack")
+            for name, wrong, unsafe, largest in _shortened(self.rows):
+                table.add_row(name, str(wrong), str(unsafe), largest if isinstance(largest, str) else f"{largest:.4g}")
+            console.print(table)
+        shown = lambda error: "not checked" if error is None else f"{error:.1e}"
+        console.print(f"gradients against the stored run   {shown(self.gradient_error)}")
+        console.print(f"gradients against differences      {shown(self.difference_error)}")
+        for kind, lines in (("FAULT", self.faults), ("note", self.notes)):
+            for line in lines:
+                console.print(f"{kind}: {line}", markup=False)
+        console.print("verdict: " + ("exact; safe to train" if self.ok else f"{len(self.faults)} fault(s); do not train"))
+        return out.getvalue().rstrip()
+
+
+def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None) -> CheckReport:
+    """Checks a `ReversibleStack`, or any model that holds some, on one example.
+
+    Args:
+      model: called as `model(example)`, or `model(*example)` if that is a tuple; returns floats. What it returns is
+        multiplied by fixed random numbers and summed: the loss of the check.
+      example: a small batch, rows first: x for a stack, tokens for a language model.
+      key: passed as `key=`, for what is random in training; None leaves it out.
+
+    Example:
+      >>> report = revjax.check(stack, jnp.ones((2, 16, 64)))
+      >>> print(report)
+      >>> assert report.ok
+    """
+    stacks = stacks_of(model)
+    if not stacks:
+        raise TypeError(
+            f"check looks at reversible stacks, but {type(model).__name__} holds none. Put its layers into a "
+            "revjax.ReversibleStack(make_block, num_layers=..., rngs=...)."
+        )
+    faults: list[str] = []
+    notes: list[str] = []
+    try:
+        for stack, x, keywords in _calls_of_stacks(model, example, key):
+            _check_branches(stack, x, keywords, faults, notes)
+    except MutatedVariableError as error:
+        return CheckReport([str(error)], ["Nothing else was checked."], [], None, None)
+    rows, grads = _check_rebuilding(model, example, key, faults)
+    gradient_error = _check_against_stored(model, example, key, grads, faults)
+    difference_error = _check_against_differences(model, example, key, faults, notes)
+    return CheckReport(faults, notes, rows, gradient_error, difference_error)
+
+
+def _loss(model: nnx.Module, example: PyTree, key: jax.Array | None) -> jax.Array:
+    args = example if isinstance(example, tuple) else (example,)
+    out = model(*args, **({} if key is None else {"key": key}))
+    weights = np.random.default_rng(0).standard_normal(out.shape)
+    return jnp.sum(out * weights.astype(out.dtype)) / np.sqrt(out.size)
+
+
+def _calls_of_stacks(model, example, key) -> list[tuple[ReversibleStack, jax.Array, dict[str, PyTree]]]:
+    """Each stack of the model with what it is called with, found by running the model."""
+    calls, scan = [], ReversibleStack.scan
+
+    def listen(stack, x, **keywords):
+        calls.append((stack, x, keywords))
+        return scan(stack, x, **keywords)
+
+    ReversibleStack.scan = listen
+    try:
+        _loss(model, example, key)
+    finally:
+        ReversibleStack.scan = scan
+    return calls
+
+
+def _check_branches(stack: ReversibleStack, x: jax.Array, keywords: dict, faults: list[str], notes: list[str]) -> None:
+    """Runs each kind of branch by itself, with the parameters of its first layer."""
+    keywords = {k: v for k, v in keywords.items() if k not in ("coupling", "plan", "cache") and v is not None}
+    x, key = jnp.asarray(x, jnp.float32), keywords.pop("key", None)
+    context = {"context": keywords.pop("context")} if "context" in keywords else {}
+    for branch in (branch for branches in stack.runs for branch in branches):
+        f, params_L, state_L = branch_function(branch)
+        params, state = jax.tree.map(lambda a: a[0], (params_L, state_L))
+
+        def run(params, x, key=key, f=f, state=state):
+            result = f(params, x, side=(state, key), shared=keywords, **context)
+            return result[0] if isinstance(result, tuple) else result
+
+        name = f.__name__
+        if not _same(run(params, x), run(params, x)):
+            faults.append(
+                f"{name} is not the same function twice: called again with the same arguments, it returned something "
+                "else. Random numbers must come from `key=`, not from numpy or Python; nothing may be counted between "
+                "calls."
+            )
+            continue
+        if _returns_its_input(run, params, x):
+            faults.append(
+                f"{name} returns x + f(x), but a branch returns the increment f(x): the coupling adds x. Leave the "
+                "residual connection out of the block."
+            )
+        if _low_precision(run, params, x) and not _same_beside_gradient(run, params, x):
+            if _same_beside_gradient(pin(run), params, x):
+                notes.append(
+                    f"{name} computes in low precision, and XLA leaves out different roundings where it is also "
+                    "differentiated (excess precision). The stack pins them, so it is exact all the same."
+                )
+            else:
+                faults.append(
+                    f"{name} gives other bits beside its gradient than alone, though its roundings are pinned: some "
+                    "operation in it (a custom kernel?) does not compute the same twice."
+                )
+
+
+def _same(a: jax.Array, b: jax.Array) -> bool:
+    return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True))
+
+
+def _returns_its_input(run: Callable, params: PyTree, x: jax.Array) -> bool:
+    """With all parameters 0, an increment hardly depends on x; x + f(x) moves exactly as x does."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    other = x + jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    moved = run(zeros, other, key=None).astype(jnp.float32) - run(zeros, x, key=None).astype(jnp.float32)
+    return bool(jnp.linalg.norm(moved - (other - x)) < 0.05 * jnp.linalg.norm(other - x))
+
+
+def _same_beside_gradient(run: Callable, params: PyTree, x: jax.Array) -> bool:
+    alone = jax.jit(run)(params, x)
+    with_gradient = jax.jit(lambda params, x: (lambda y, vjp: (y, vjp(y)))(*jax.vjp(run, params, x)))
+    return _same(alone, with_gradient(params, x)[0])
+
+
+def _low_precision(run: Callable, *args) -> bool:
+    text = str(jax.make_jaxpr(run)(*args))
+    return "bf16[" in text or "f16[" in text
+
+
+def _check_rebuilding(model, example, key, faults):
+    (_, report), grads = jax.jit(lambda model: value_and_grad(_loss)(model, example, key))(model)
+    rows = []
+    for path, stack in stacks_of(model).items():
+        counts = np.asarray(report.stacks[path])
+        names = [f"{path}: {name}" if path else name for name in stack.names]
+        rows += [(name, int(w), int(u), float(m)) for name, (w, u, m) in zip(names, counts, strict=True)]
+    if float(report.canary) or float(report.unsafe):
+        faults += report.describe(model).split("\n")
+    return rows, grads
+
+
+def _check_against_stored(model, example, key, grads, faults) -> float:
+    stored = nnx.clone(model)
+    for stack in stacks_of(stored).values():
+        stack.plan = "all"
+    expected = jax.jit(lambda model: value_and_grad(_loss)(model, example, key))(stored)[1]
+    error = _distance(grads, expected)
+    tolerance = LOW_TOLERANCE if _low_precision(lambda m: _loss(m, example, key), model) else TOLERANCE
+    if not error <= tolerance:
+        faults.append(
+            f"The gradients differ from those of stored activations by {error:.1e}, where {tolerance:.0e} is what the "
+            "order of sums explains. Is something in a branch not the same twice?"
+        )
+    return error
+
+
+def _check_against_differences(model, example, key, faults, notes) -> float | None:
+    """(loss(p + e v) - loss(p - e v)) / 2e against <gradient, v>, in float64, for one direction v."""
+    with jax.enable_x64(True):
+        model64 = _in_float64(model)
+        example = jax.tree.map(_to_float64, example)
+        loss = lambda model: _loss(model, example, key)
+        try:
+            if _low_precision(loss, model64):
+                notes.append("Not checked against finite differences: a branch computes in bfloat16 whatever its dtype.")
+                return None
+        except (TypeError, ValueError) as error:
+            notes.append(f"Not checked against finite differences: it does not run in float64 ({_first_line(error)}).")
+            return None
+        graphdef, params, rest = nnx.split(model64, nnx.Param, ...)
+        step = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+        at = jax.jit(lambda e: loss(nnx.merge(graphdef, jax.tree.map(lambda p, v: p + e * v, params, step), rest)))
+        numeric = float((at(1e-5) - at(-1e-5)) / 2e-5)
+        grads = jax.jit(lambda model: value_and_grad(_loss)(model, example, key))(model64)[1]
+        exact = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, step))))
+    error = abs(numeric - exact) / max(abs(numeric), 1e-12)
+    if not error <= DIFFERENCES_TOLERANCE:
+        faults.append(
+            f"The gradient along one direction differs from finite differences by {error:.1e} (float64; at most "
+            f"{DIFFERENCES_TOLERANCE:.0e}). Is a derivative of its own (jax.custom_vjp) wrong, or rounded?"
+        )
+    return error
+
+
+def _in_float64(model: nnx.Module) -> nnx.Module:
+    """A copy on float streams, with parameters and, where a module says its dtype, computation in float64."""
+    graphdef, state = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.tree.map(_to_float64, state), copy=True)
+    for _, node in nnx.iter_graph(copy):
+        if isinstance(node, ReversibleStack):
+            node.exact = False
+        if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
+            node.dtype = jnp.dtype("float64")
+    return copy
+
+
+def _to_float64(a):
+    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+
+def _distance(a: PyTree, b: PyTree) -> float:
+    flat = lambda tree: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+    return float(jnp.linalg.norm(flat(a) - flat(b)) / jnp.maximum(jnp.linalg.norm(flat(b)), 1e-30))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _shortened(rows: list, most: int = 40) -> list:
+    """Long stacks show the layers that went wrong, and the first and last few."""
+    if len(rows) <= most:
+        return rows
+    shown = [i for i, (_, wrong, unsafe, _) in enumerate(rows) if wrong or unsafe or i < 4 or i >= len(rows) - 4][:most]
+    left = len(rows) - len(shown)
+    return [rows[i] for i in shown] + [(f"({left} more, nothing wrong)" if left else "", "", "", "")]

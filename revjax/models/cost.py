@@ -1,0 +1,48 @@
+"""What a decoder is, in numbers counted by hand: parameters, FLOPs per token, a summary."""
+
+import jax
+from flax import nnx
+
+from .decoder import Decoder, DecoderConfig
+
+
+def num_params(model: nnx.Module) -> int:
+    """How many parameters `model` has (an abstract one, from nnx.eval_shape, will do)."""
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
+    """Model FLOPs for one token of a training step: forward and backward, nothing twice, causal attention halved.
+
+    6 for each parameter of a matrix product, and 12 for each channel and visible position of attention
+    (two products, three passes, two FLOPs each). The convention is PaLM's (arXiv:2204.02311, appendix B), but
+    with the masked half of attention left out.
+    """
+    heads = config.num_heads * config.head_size
+    attention = config.d_model * (2 * heads + 2 * config.kv_heads * config.head_size)
+    mlp = (3 if config.gated else 2) * config.d_model * config.mlp_width
+    head = config.vocab_size * config.d_model
+    seen = min(sequence_length / 2, config.window or sequence_length)
+    return 6.0 * (config.num_layers * (attention + mlp) + head) + 12.0 * config.num_layers * heads * seen
+
+
+def summary(model: Decoder) -> str:
+    """A table of the model's parts: shapes, parameters, where they go."""
+    config, stack = model.config, model.stack
+    rows = [("embedding", f"{config.vocab_size} x {config.d_model}", num_params(model.embedding))]
+    for branches, length in zip(stack.runs, stack.lengths, strict=True):
+        rows += [(f"{length} x {type(b).__name__}", _shape_of(b, config), num_params(b)) for b in branches]
+    head = "tied to the embedding" if model.head is None else f"{config.d_model} x {config.vocab_size}"
+    rows.append(("norm, head", head, num_params(model.norm) + (0 if model.head is None else num_params(model.head))))
+    rows.append(("total", f"{config.coupling}, {'exact' if config.exact else 'float'} streams", num_params(model)))
+    width = [max(len(str(row[i])) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{name:<{width[0]}}  {shape:<{width[1]}}  {n:>14,}" for name, shape, n in rows)
+
+
+def _shape_of(branch: nnx.Module, config: DecoderConfig) -> str:
+    heads = f"{config.num_heads} heads of {config.head_size}" + (
+        f", {config.kv_heads} kv heads" if config.kv_heads != config.num_heads else ""
+    )
+    width = f"width {config.mlp_width}{', gated' if config.gated else ''}"
+    name = type(branch).__name__
+    return heads if name == "AttentionBranch" else width if name == "MLPBranch" else f"{heads}; {width}"

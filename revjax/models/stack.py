@@ -1,0 +1,255 @@
+"""`ReversibleStack`: NNX blocks in a reversible stack. The one place where modules become pure functions.
+
+A block is any `nnx.Module` that maps x to the increment f(x) (not x + f(x)), or a list of such branches
+(attention, MLP), each an f of its own. Blocks are made once for each layer, with their parameters stacked;
+`reversible_scan` does the rest.
+
+Blocks hold no randomness and change no state: the stack hands each branch a PRNG key of its own, folded
+from one key by its place, and the backward pass replays it.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..core import AbstractCoupling, RevNet, Run, ScanResult, reversible_scan
+from ..core.plan import Plan
+
+PyTree = Any
+MakeBlock = Callable[[nnx.Rngs], nnx.Module | Sequence[nnx.Module]]
+
+
+class MutatedVariableError(ValueError):
+    """A branch of a reversible stack wrote to one of its variables."""
+
+
+class Canary(nnx.Variable):
+    """Zeros whose gradient tells how the backward pass went; `revjax.value_and_grad` reads it. Not a parameter."""
+
+
+class ReversibleStack(nnx.Module):
+    """A stack of NNX blocks that stores no activations.
+
+    Called as `stack(x, key=key, context=..., **side)`, it returns the mean of the last two streams, in
+    float32 (the dtype of x where `exact` is False). A branch gets those keywords that its `__call__` names:
+    `key` (its own for each layer), `context` (differentiated), and any others, which are not.
+
+    Args:
+      make_block: `make_block(rngs)` returns a block, or a list of residual branches. A list of such
+        functions is a period (local, local, global attention, say): layers go through it in turn.
+      num_layers: how many blocks.
+      coupling: how increments join the streams, RevNet() if None; a call may pass another.
+      plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one for each run.
+      exact, fraction_bits, constrain: see `revjax.reversible_scan`.
+      rngs: for the parameters. Each layer gets its own.
+
+    Example:
+      >>> class Block(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.conv = nnx.Conv(64, 64, kernel_size=(5,), rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return nnx.gelu(self.conv(x))
+      >>> stack = ReversibleStack(Block, num_layers=48, rngs=nnx.Rngs(0))
+      >>> stack(jnp.ones((2, 16, 64))).shape
+      (2, 16, 64)
+    """
+
+    def __init__(
+        self,
+        make_block: MakeBlock | Sequence[MakeBlock],
+        *,
+        num_layers: int,
+        coupling: AbstractCoupling | None = None,
+        plan: Plan = "nothing",
+        exact: bool = True,
+        fraction_bits: int = 16,
+        constrain: Callable[[jax.Array], jax.Array] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        makers = tuple(make_block) if isinstance(make_block, Sequence) else (make_block,)
+        if num_layers < 1 or not makers:
+            raise ValueError(
+                "A stack needs num_layers of at least 1 and one make_block or a list of them, but got "
+                f"num_layers={num_layers} and {len(makers)} make_block."
+            )
+        self.num_layers = num_layers
+        self.coupling = nnx.static(RevNet() if coupling is None else coupling)
+        self.plan, self.exact, self.fraction_bits = plan, exact, fraction_bits
+        self.constrain = nnx.static(constrain)
+        # One run of whole periods, and one for what remains; branches have a leading axis of repeats.
+        keys = jax.random.split(rngs.params(), num_layers)
+        repeats, rest = divmod(num_layers, len(makers))
+        whole = repeats * len(makers)
+        runs = [_make_run(makers, keys[:whole])] * bool(repeats) + [_make_run(makers[:rest], keys[whole:])] * bool(rest)
+        self.branches_per_layer = tuple(n for _, sizes in runs for n in sizes)
+        self.runs = nnx.List([nnx.List(branches) for branches, _ in runs])
+        self.canary = Canary(jnp.zeros((len(self.names), 3), jnp.float32))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The repeats of each run."""
+        return tuple(_length(branches[0]) for branches in self.runs)
+
+    @property
+    def names(self) -> list[str]:
+        """What to call each f, in the order in which they are applied: "layer 3 Attention"."""
+        names, layer, sizes = [], 0, iter(self.branches_per_layer)
+        for branches, length in zip(self.runs, self.lengths, strict=True):
+            period = []  # (layer within the period, name)
+            while len(period) < len(branches):
+                inner = period[-1][0] + 1 if period else 0
+                period += [(inner, type(branches[len(period) + j]).__name__) for j in range(next(sizes))]
+            for _ in range(length):
+                names += [f"layer {layer + inner} {name}" for inner, name in period]
+                layer += period[-1][0] + 1
+        return names
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None, **inputs: PyTree) -> jax.Array:
+        return self.scan(x, key=key, **inputs).mean
+
+    def scan(
+        self,
+        x: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        context: PyTree = None,
+        cache: PyTree = None,
+        coupling: AbstractCoupling | None = None,
+        plan: Plan | None = None,
+        **side: PyTree,
+    ) -> ScanResult:
+        """As calling it, with all that comes out: both streams, auxiliary outputs, caches, unsafe counts.
+
+        Args:
+          x: (B, ..., D) floats.
+          key: for the randomness of this step; None where nothing is random.
+          context: what every branch gets as `context=`, with gradients.
+          cache: for each run, for each branch of its period, a cache with a leading axis of repeats, or None.
+          coupling, plan: instead of the stack's own, for this call.
+          side: what branches get by name; not differentiated.
+        """
+        self._refuse_unknown(dict(context=context, **side))
+        keys_N = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(self.names)))
+        runs, start = [], 0
+        for i, (branches, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
+            stop = start + len(branches) * length
+            fns, params_L, side_L = [], [], []
+            for j, branch in enumerate(branches):
+                f, params, state = branch_function(branch)
+                fns.append(f)
+                params_L.append(params)
+                side_L.append((state, None if keys_N is None else keys_N[start + j : stop : len(branches)]))
+            cache_L = None if cache is None else tuple(cache[i])
+            runs.append(Run(tuple(fns), tuple(params_L), tuple(side_L), cache_L, length=length))
+            start = stop
+        coupling = (self.coupling if coupling is None else coupling).for_step(key)
+        plan = self.plan if plan is None else plan
+        if self.coupling.reversible and not coupling.reversible:
+            plan = "inputs"  # an ensemble, evaluated: its average has no inverse
+        return reversible_scan(
+            runs,
+            x,
+            coupling=coupling,
+            plan=plan,
+            shared=side,
+            context=context,
+            canary=self.canary[...],
+            exact=self.exact,
+            fraction_bits=self.fraction_bits,
+            constrain=self.constrain,
+        )
+
+    def _refuse_unknown(self, inputs: dict[str, PyTree]) -> None:
+        known = {name for branches in self.runs for branch in branches for name in _keywords(branch)}
+        unknown = sorted(
+            name for name, value in inputs.items() if value is not None and name not in known and ... not in known
+        )
+        if unknown:
+            raise TypeError(
+                f"No branch of this stack takes {', '.join(unknown)}: name it in the __call__ of the block. "
+                f"Branches take: {', '.join(sorted(known - {...})) or 'x only'}."
+            )
+
+
+def _make_run(makers: Sequence[MakeBlock], keys: jax.Array) -> tuple[list[nnx.Module], tuple[int, ...]]:
+    """The branches of one period, each with stacked parameters, and how many of them each layer has."""
+    branches, sizes = [], []
+    for j, make in enumerate(makers):
+        made = jax.vmap(lambda key, make=make: _as_branches(make(nnx.Rngs(key))))(keys[j :: len(makers)])
+        branches += made
+        sizes.append(len(made))
+    return branches, tuple(sizes)
+
+
+def _as_branches(block) -> list[nnx.Module]:
+    branches = list(block) if isinstance(block, (Sequence, nnx.List)) else [block]
+    for branch in branches:
+        if not isinstance(branch, nnx.Module) or not callable(branch):
+            raise TypeError(
+                "make_block(rngs) must return an nnx.Module that maps x to the increment f(x), or a list of them, "
+                f"but it returned {type(branch).__name__}."
+            )
+    return branches
+
+
+def branch_function(branch: nnx.Module) -> tuple[Callable, PyTree, PyTree]:
+    """A pure f, its stacked parameters, and its other variables (constants: f may read them, not write them)."""
+    graphdef, params_L, state_L = nnx.split(branch, nnx.Param, ...)
+    keywords = _keywords(branch)
+
+    def f(params, x, side=None, shared=None, context=None, tape=None, cache=None):
+        state, key = (state_L, None) if side is None else side  # no leaves: nothing was passed
+        module = nnx.merge(graphdef, params, state, copy=True)
+        given = dict(shared or {}, key=key, context=context, tape=tape, cache=cache)
+        given = {k: v for k, v in given.items() if v is not None and (k in keywords or ... in keywords)}
+        before = _variables(module)
+        increment = module(x, **given)
+        _refuse_mutation(module, before)
+        return increment
+
+    f.__name__ = type(branch).__name__
+    return f, params_L, state_L
+
+
+def _keywords(branch: nnx.Module) -> set[Any]:
+    """The keywords that the branch's `__call__` names; `...` where it takes any."""
+    parameters = list(inspect.signature(type(branch).__call__).parameters.values())[2:]
+    wild = [... for p in parameters if p.kind is p.VAR_KEYWORD]
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} | set(wild)
+
+
+def _refuse_mutation(module: nnx.Module, before: dict[Any, Any]) -> None:
+    """A branch that writes to a variable would do so twice, or be replayed differently: both silently."""
+    after = _variables(module)
+    changed = [path for path in after if after[path] is not before.get(path)]
+    if not changed:
+        return
+    names = ", ".join(".".join(map(str, path)) for path in changed)
+    if any("count" in map(str, path) or "rngs" in map(str, path) for path in changed):
+        raise MutatedVariableError(
+            f"{type(module).__name__} draws random numbers from a stream that it holds ({names}), which the backward "
+            "pass cannot replay. Take the key as an argument instead: `def __call__(self, x, *, key=None)`, and "
+            "revjax.nn.dropout(x, rate, key); the stack hands each branch its own key from stack(x, key=key)."
+        )
+    raise MutatedVariableError(
+        f"{type(module).__name__} changes its variables when it is called ({names}), but it is called twice for each "
+        "step, and what it writes is lost. A residual branch must not change state: return statistics as "
+        "(increment, {'aux': ...}), or use a layer without them (LayerNorm instead of BatchNorm)."
+    )
+
+
+def _variables(module: nnx.Module) -> dict[Any, Any]:
+    return {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
+
+
+def _length(branch: nnx.Module) -> int:
+    leaves = jax.tree.leaves(nnx.state(branch))
+    if not leaves:
+        raise ValueError(
+            f"{type(branch).__name__} has no variable, so a stack cannot tell its layers; give it a parameter."
+        )
+    return leaves[0].shape[0]

@@ -1,0 +1,137 @@
+"""The loss of a language model without its logits: tokens in tiles, the whole vocabulary in each.
+
+    z = x . W        lse = log sum exp z        loss = sum over tokens of weight (lse - z[target] + z_loss lse^2)
+
+    dz = weight (softmax(z) (1 + 2 z_loss lse) - onehot(target))        dx = dz . W^T        dW += x^T . dz
+
+When the loss is differentiated, dx and dW are computed in the forward loop, while a tile's logits exist
+(three matmuls; recomputing the logits later would take four), and they are all that is kept: as large as
+x and W, whatever T * V is. The idea is Liger's (arXiv:2410.10989); z_loss is PaLM's (arXiv:2204.02311).
+
+Tiles run along T and hold the whole batch, so that a sharded batch stays where it is.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array | None = None,
+    *,
+    tile_tokens: int = 1024,
+    z_loss: float = 0.0,
+    dtype=jnp.bfloat16,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (sum of weighted losses in nats, sum of weights), both fp32 scalars: their ratio is the mean.
+
+    Memory grows with tile_tokens * V and with the sizes of `hidden` and `kernel`, not with T * V. Without
+    differentiation no gradient work is done. A target outside [0, V) must have weight 0.
+
+    Args:
+      weights_BT: None counts every token once.
+      tile_tokens: about how many tokens have logits at a time, over the whole batch; need not divide B * T.
+      z_loss: weight of lse^2, which keeps the logits' scale from drifting.
+      dtype: of the matmul operands, forward and backward; sums are fp32.
+    """
+    _check(hidden_BTD, kernel_DV, targets_BT, weights_BT, tile_tokens)
+    weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
+    spec = _Spec(max(1, tile_tokens // targets_BT.shape[0]), float(z_loss), jnp.dtype(dtype))
+    return _loss_sum(spec, hidden_BTD, kernel_DV, targets_BT, weights_BT), jnp.sum(weights_BT)
+
+
+class _Spec(NamedTuple):
+    tile: int  # positions along T
+    z_loss: float
+    dtype: jnp.dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_sum(spec, hidden, kernel, targets, weights):
+    kernel = kernel.astype(spec.dtype)
+
+    def tile(total, inputs):
+        x, t, w = inputs
+        losses, _ = _tile_losses(spec, x, kernel, t)
+        return total + jnp.sum(w * losses), None
+
+    return _over_tiles(spec, tile, jnp.zeros((), jnp.float32), hidden, targets, weights)[0]
+
+
+def _loss_sum_fwd(spec, hidden, kernel, targets, weights):
+    low_kernel = kernel.astype(spec.dtype)
+
+    def tile(carry, inputs):
+        total, dkernel = carry
+        x, t, w = inputs
+        losses, (logits, lse, hit) = _tile_losses(spec, x, low_kernel, t)
+        dlse = w * (1 + 2 * spec.z_loss * lse)
+        dlogits = jnp.exp(logits - lse[..., None]) * dlse[..., None] - jnp.where(hit, w[..., None], 0)
+        dlogits = dlogits.astype(spec.dtype)
+        dx = _product("btv,dv->btd", dlogits, low_kernel).astype(hidden.dtype)
+        dkernel = dkernel + _product("btd,btv->dv", x.astype(spec.dtype), dlogits)
+        return (total + jnp.sum(w * losses), dkernel), (dx, losses)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
+    (total, dkernel), (dx, losses) = _over_tiles(spec, tile, start, hidden, targets, weights)
+    return total, (_untile(dx, hidden.shape[1]), dkernel.astype(kernel.dtype), _untile(losses, hidden.shape[1]))
+
+
+def _loss_sum_bwd(spec, residuals, dtotal):
+    dhidden, dkernel, losses = residuals
+    return (dhidden * dtotal).astype(dhidden.dtype), (dkernel * dtotal).astype(dkernel.dtype), None, losses * dtotal
+
+
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
+
+
+def _tile_losses(spec, x_Btd, kernel_DV, targets_Bt):
+    """Returns the losses of one tile, unweighted, and (logits, lse, which logit is the target's)."""
+    logits = _product("btd,dv->btv", x_Btd.astype(spec.dtype), kernel_DV)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    hit = jnp.arange(logits.shape[-1], dtype=targets_Bt.dtype)[None, None, :] == targets_Bt[..., None]
+    target_logits = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    return lse - target_logits + spec.z_loss * jnp.square(lse), (logits, lse, hit)
+
+
+def _over_tiles(spec, tile, start, *arrays):
+    """Scans `tile` over arrays (B, T, ...) cut along T; the padding at the end has weight 0."""
+    length = arrays[0].shape[1]
+    num_tiles = -(-length // spec.tile)
+    size = -(-length // num_tiles)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, num_tiles * size - length), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(x.shape[0], num_tiles, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return jax.lax.scan(tile, start, tuple(cut(x) for x in arrays))
+
+
+def _untile(x, length):
+    """(tiles, B, tile, ...) -> (B, T, ...)."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _product(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _check(hidden, kernel, targets, weights, tile_tokens):
+    if hidden.ndim != 3 or kernel.ndim != 2 or hidden.shape[2] != kernel.shape[0]:
+        raise ValueError(
+            f"Expected hidden (B, T, D) and kernel (D, V), but got {hidden.shape} and {kernel.shape}. "
+            "A tied embedding gives its kernel as `embedding.head_kernel`."
+        )
+    for name, x in (("targets", targets), ("weights", weights)):
+        if x is not None and x.shape != hidden.shape[:2]:
+            raise ValueError(f"{name} must have the shape {hidden.shape[:2]} (B, T), but got {x.shape}.")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets must be integers, but got {targets.dtype}.")
+    if tile_tokens < 1:
+        raise ValueError(f"tile_tokens must be at least 1, but got {tile_tokens}.")

@@ -1,0 +1,47 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864), in the half-split layout of GPT-NeoX and LLaMA.
+
+    angle_i = position * base^(-2 i / H)        for i < H / 2
+    y_i         = x_i cos(angle_i)       - x_{i+H/2} sin(angle_i)
+    y_{i+H/2}   = x_{i+H/2} cos(angle_i) + x_i sin(angle_i)
+
+q . k then depends on positions only by their difference. Angles and products are fp32.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys, as a value: pass it to `Attention(rotary=...)`.
+
+    A scaling for longer contexts is another class with the same two methods.
+    """
+
+    base: float = 10_000.0
+
+    def __post_init__(self):
+        if self.base <= 0:
+            raise ValueError(f"The base of rotary embeddings must be positive, but got {self.base}.")
+
+    def frequencies(self, head_dim: int) -> jax.Array:
+        """Returns radians per position for each pair of channels: fp32, (head_dim / 2,)."""
+        return self.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+    def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Returns x turned by its positions, in x's dtype. `positions` may have one row for the whole batch."""
+        head_dim = x_BTNH.shape[-1]
+        if head_dim % 2:
+            raise ValueError(f"Rotary embeddings pair up channels, so head_dim must be even, but got {head_dim}.")
+        angles = positions_BT.astype(jnp.float32)[:, :, None, None] * self.frequencies(head_dim)[None, None, None, :]
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+        y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return y.astype(x_BTNH.dtype)
+
+
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, *, base: float = 10_000.0) -> jax.Array:
+    """Returns x turned by its positions, in x's dtype: `Rotary(base)(x, positions)`."""
+    return Rotary(base)(x_BTNH, positions_BT)

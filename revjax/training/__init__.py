@@ -1,0 +1,17 @@
+"""Training: a pure step over any module and loss, and the loop around it."""
+
+from .loop import Outcome as Outcome
+from .loop import TrainingConfig as TrainingConfig
+from .loop import train as train
+from .metrics import MetricsLog as MetricsLog
+from .metrics import read_metrics as read_metrics
+from .optimizer import OptimizerConfig as OptimizerConfig
+from .optimizer import make_optimizer as make_optimizer
+from .optimizer import make_schedule as make_schedule
+from .plots import plot_losses as plot_losses
+from .state import Skeleton as Skeleton
+from .state import TrainState as TrainState
+from .state import init_state as init_state
+from .state import split as split
+from .step import make_eval_step as make_eval_step
+from .step import make_train_step as make_train_step

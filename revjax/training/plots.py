@@ -1,0 +1,63 @@
+"""The curve of a run, from its two .jsonl files."""
+
+import os
+import pathlib
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .metrics import read_metrics
+
+_LIGHT, _DARK, _HELD_OUT, _GREY = "#b9cfe4", "#1f5a92", "#c8501e", "#666666"
+
+
+def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None:
+    """Draws the losses of the run in `folder` into its loss.png; returns the path, or None before the first step.
+
+    In bits per byte: every training step (light), their running mean (dark), and the held-out text (points).
+    """
+    folder = pathlib.Path(folder)
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["bits_per_byte"] is not None]
+    held_out = [line for line in read_metrics(folder / "validation.jsonl") if line["bits_per_byte"] is not None]
+    if not lines:
+        return None
+    steps, losses = (np.array([line[k] for line in lines]) for k in ("step", "bits_per_byte"))
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color=_LIGHT, linewidth=0.8, label="training, each step")
+    if len(losses) >= 20:
+        axes.plot(steps, smooth(losses), color=_DARK, linewidth=1.6, label="training, running mean")
+    if held_out:
+        x, y = ([line[k] for line in held_out] for k in ("step", "bits_per_byte"))
+        axes.plot(x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, label="held-out text")
+        note = dict(textcoords="offset points", ha="right", fontsize=9, color=_HELD_OUT)
+        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), **note)
+    lowest = min([*losses, *(line["bits_per_byte"] for line in held_out)])
+    # The first steps are far above all that follows: leave them out of the frame rather than flatten the rest.
+    highest = max(np.quantile(losses, 0.97), losses[-1]) if len(losses) >= 20 else max(losses)
+    margin = 0.08 * max(highest - lowest, 0.1)
+    axes.set_ylim(lowest - margin, highest + margin)
+    axes.set_xlim(0, steps[-1])
+    axes.set(xlabel="step", ylabel="loss in bits per byte")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(color="#e8e8e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=_GREY, labelsize=9)
+    axes.legend(frameon=False, fontsize=9)
+    path = folder / "loss.png"
+    figure.savefig(path)
+    return path
+
+
+def smooth(losses: np.ndarray) -> np.ndarray:
+    """The mean of the last losses (a fiftieth of them) at each step; fewer at the start."""
+    width = max(len(losses) // 50, 5)
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
+    stop = np.arange(1, len(losses) + 1)
+    start = np.maximum(stop - width, 0)
+    return (sums[stop] - sums[start]) / (stop - start)

@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM as a request: end after the current step."""
+
+import signal
+import threading
+from types import FrameType
+
+from ..logging import get_logger
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as it always does.
+
+    Only the main thread can catch signals: elsewhere (a notebook's worker) nothing is changed.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+        get_logger(__name__).warning(
+            "%s: ending after this step, with a checkpoint. Once more to end at once.", signal.Signals(number).name
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}
+
+    def __exit__(self, *exception):
+        self._restore()

@@ -1,0 +1,106 @@
+"""What a run carries from step to step, as plain arrays; and what is left of a module without them.
+
+    model  <->  (skeleton, params)        params: nested dicts with string keys, the leaves of nnx.Param
+
+The skeleton holds what is not trained. It is static for a whole run, so a jitted step closes over it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+PyTree = Any
+Nested = dict[str, Any]  # nested; leaves are arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that the next step depends on, but for its batch."""
+
+    params: Nested
+    opt_state: PyTree
+    step: jax.Array  # int32: batches seen
+    skipped: jax.Array  # int32: batches of which no update was made
+    key: jax.Array  # uint32, `jax.random.key_data` of the run's key, which never changes
+
+    def as_dict(self) -> Nested:
+        """Nested dicts of arrays, as a checkpoint holds them."""
+        fields = {f.name: to_nested(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if not isinstance(value, dict) or value}
+
+    def from_dict(self, nested: Nested) -> "TrainState":
+        """The state that `nested` holds, in the structure of this one."""
+        return TrainState(**{f.name: _filled(getattr(self, f.name), nested.get(f.name)) for f in dataclasses.fields(self)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A module without its parameters."""
+
+    graphdef: Any
+    params: nnx.State  # abstract: shapes and dtypes
+    rest: nnx.State  # other variables (constants, the canary's zeros)
+
+    def merge(self, params: Nested) -> nnx.Module:
+        """The module with these parameters. Works under `jax.jit`, and with abstract arrays."""
+        return nnx.merge(self.graphdef, _filled(self.params, params), self.rest, copy=True)
+
+    @property
+    def abstract(self) -> nnx.Module:
+        """The module without values: for names and shapes."""
+        return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
+
+
+def split(model: nnx.Module) -> tuple[Skeleton, Nested]:
+    """Returns `model` as its skeleton and its parameters, which are the model's own arrays."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to train.")
+    rest = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a, rest)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    return Skeleton(graphdef, abstract, rest), to_nested(params)
+
+
+def init_state(params: Nested, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step. It holds `params` itself: a step that donates the state uses them up."""
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer.init(params), zero(), zero(), jax.random.key_data(key))
+
+
+def to_nested(tree: PyTree) -> PyTree:
+    """Any pytree as nested dicts with string keys; an array is itself. `nnx.Variable`s are their arrays."""
+    if isinstance(tree, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return tree
+    nested: Nested = {}
+    for path, leaf in jax.tree.flatten_with_path(tree)[0]:
+        *parents, last = _names(path)
+        place = nested
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = leaf
+    return nested
+
+
+def _filled(like: PyTree, nested: PyTree) -> PyTree:
+    """A pytree with the structure of `like`, and the leaves of what `to_nested` made of one."""
+
+    def leaf(path, _):
+        place = nested
+        for name in _names(path):
+            place = place[name]
+        return place
+
+    return jax.tree.map_with_path(leaf, like)
+
+
+def _names(path) -> list[str]:
+    """"stack", "runs", "0", ...; the attribute in which a variable keeps its array is left out."""
+    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None)))) for k in path]
+    in_variable = len(names) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value"
+    return names[:-1] if in_variable else names

@@ -1,0 +1,60 @@
+"""A pinned program has the same bits alone and beside its gradient, under default compiler flags."""
+
+import jax
+import jax.numpy as jnp
+
+from revjax.core import Run, pin, reversible_scan
+
+B, T, N, D, F = 4, 512, 4, 256, 768
+
+
+def attention(w, x):
+    h = x.astype(jnp.bfloat16) * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True)).astype(jnp.bfloat16)
+    q, k, v = jnp.split((h @ w["qkv"].astype(jnp.bfloat16)).reshape(B, T, N, -1), 3, axis=-1)
+    o = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(B, T, D)
+    return (o @ w["o"].astype(jnp.bfloat16)).astype(x.dtype)
+
+
+def mlp(w, x):
+    h = x.astype(jnp.bfloat16)
+    return (jax.nn.silu(h @ w["up"].astype(jnp.bfloat16)) @ w["down"].astype(jnp.bfloat16)).astype(x.dtype)
+
+
+def weights(num_layers):
+    kq, ko, ku, kd = jax.random.split(jax.random.key(0), 4)
+    normal = lambda k, *shape: 0.04 * jax.random.normal(k, (num_layers, *shape))
+    return {"qkv": normal(kq, D, 3 * D), "o": normal(ko, D, D)}, {"up": normal(ku, D, F), "down": normal(kd, F, D)}
+
+
+def test_a_stack_is_exact_at_a_shape_where_excess_precision_breaks_it_unpinned():
+    params_L = weights(6)
+    x = jax.random.normal(jax.random.key(1), (B, T, D))
+    loss = lambda c: jnp.mean(reversible_scan(Run((attention, mlp), params_L), x, canary=c).last ** 2)
+    assert not jax.jit(jax.grad(loss))(jnp.zeros((12, 3)))[:, 0].any()
+
+
+def test_every_low_precision_result_is_rounded_also_in_loops():
+    def f(x):
+        body = lambda x, _: (jnp.tanh(x * 1.1), None)
+        x, _ = jax.lax.scan(body, x, None, length=3)
+        x = jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, x)
+        return jax.lax.fori_loop(0, 2, lambda _, x: x + 1, jax.nn.silu(x))
+
+    x = jnp.ones(8, jnp.bfloat16)
+    text = str(jax.make_jaxpr(pin(f))(x))
+    assert text.count("reduce_precision") >= 6
+    assert (pin(f)(x) == f(x)).all()
+
+
+def test_custom_derivatives_survive_in_the_scan():
+    """relu'(0) is 0 by jax's custom rule, and a straight-through estimator has the gradient it was given."""
+
+    @jax.custom_vjp
+    def straight_through(x):
+        return jnp.round(x)
+
+    straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, dx: (3.0 * dx,))
+    f = lambda w, x: w * straight_through(jax.nn.relu(x))
+    run = lambda w, x: reversible_scan(Run(f, w), x).last.sum()
+    x = jnp.array([[0.0, 1.2, -1.0]])
+    assert jax.grad(run, 1)(jnp.ones((1, 1, 1)), x).tolist() == [[1.0, 4.0, 1.0]]

@@ -1,0 +1,134 @@
+"""What is not supported says so, and what to do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from revjax import core
+from revjax.core import Run, reversible_scan
+from revjax.core.plan import parse
+
+X = jnp.ones((2, 4, 16))
+W = jnp.zeros((3, 16, 16))
+
+
+def f(w, x):
+    return jnp.tanh(x @ w)
+
+
+def total(w=W, x=X, run=None, **options):
+    return reversible_scan(run or Run(f, w), x, **options).mean.sum()
+
+
+def test_a_differentiated_side_input_is_an_error():
+    run = lambda s: Run(lambda w, x, side: side * f(w, x), W, s)
+    with pytest.raises(TypeError, match="side input .* is being differentiated.*context="):
+        jax.jit(jax.grad(lambda s: total(run=run(s))))(jnp.ones(3))
+    assert jax.jit(lambda s: total(run=run(s)))(jnp.ones(3)).shape == ()  # not differentiated: fine
+    assert jax.grad(lambda s: total(run=run(jax.lax.stop_gradient(s))))(jnp.ones(3)).sum() == 0
+
+
+def test_a_differentiated_shared_input_is_an_error_unless_only_others_are():
+    run = Run(lambda w, x, shared: shared * f(w, x), W)
+    with pytest.raises(TypeError, match="side input"):
+        jax.grad(lambda s: total(run=run, shared=s))(1.0)
+    g = lambda w, s: total(run=Run(run.fns[0], w), shared=s)
+    for wrap in (jax.jit, jax.checkpoint, lambda f: f):
+        assert jax.grad(wrap(g))(W, jnp.ones(())).shape == W.shape
+
+
+def test_a_differentiated_number_of_the_coupling_is_an_error():
+    with pytest.raises(TypeError, match="one of f's parameters"):
+        jax.grad(lambda h: total(coupling=core.Linear(h=h)))(jnp.ones(()))
+
+
+def test_forward_mode_is_an_error():
+    with pytest.raises(TypeError, match="reverse mode"):
+        jax.jvp(total, (W,), (W,))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_second_derivatives_are_an_error_not_a_wrong_number(wrap):
+    with pytest.raises(TypeError, match="differentiated once"):
+        jax.grad(wrap(lambda w: jnp.sum(jax.grad(wrap(total))(w) ** 2)))(W)
+
+
+def test_streams_that_differ_are_an_error():
+    with pytest.raises(ValueError, match="same shape and dtype.*One array"):
+        total(x=(X, X[:1]))
+    with pytest.raises(ValueError, match="same shape and dtype"):
+        total(x=(X, X.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("x", [jnp.ones((2, 4, 16), jnp.int32), jnp.ones(16)])
+def test_an_input_that_is_not_a_batch_of_floats_is_an_error(x):
+    with pytest.raises(TypeError, match="array of floats"):
+        total(x=x)
+
+
+@pytest.mark.parametrize("shift, width", [(1, 12), (2, 6), (4, 3)])
+def test_a_width_that_does_not_fill_whole_bytes_is_an_error(shift, width):
+    run = Run(lambda w, x: w * x, jnp.zeros((3, 1, 1, 1)))
+    with pytest.raises(ValueError, match=f"multiple of {8 // shift}"):
+        total(x=jnp.ones((2, 4, width)), run=run, coupling=core.NearResidual(shift))
+
+
+def test_a_function_that_changes_the_shape_is_an_error():
+    with pytest.raises(ValueError, match="returns an increment of the shape of x"):
+        total(run=Run(lambda w, x: x[..., :2], W))
+
+
+def test_unknown_extras_are_an_error():
+    with pytest.raises(ValueError, match="'aux', 'tape', 'cache'; got .'loss'."):
+        total(run=Run(lambda w, x: (x, {"loss": 1.0}), W))
+
+
+def test_a_coupling_without_inverse_needs_a_plan():
+    with pytest.raises(ValueError, match="plan='inputs'"):
+        total(coupling=core.Residual())
+
+
+def test_caches_run_forward_only():
+    run = lambda w: Run(lambda w, x, cache: (f(w, x), {"cache": cache + 1}), w, None, jnp.zeros(3))
+    assert reversible_scan(run(W), X).cache[0][0].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(TypeError, match="forward only"):
+        jax.grad(lambda w: total(run=run(w)))(W)
+
+
+def test_parameters_of_different_lengths_are_an_error():
+    with pytest.raises(ValueError, match="same leading axis.*'2', '3'"):
+        Run((f, f), (W, W[:2]))
+    with pytest.raises(ValueError, match="no array .pass length=."):
+        Run(f, None)
+    with pytest.raises(ValueError, match="one entry for each of the 2 functions"):
+        Run((f, f), W)
+    with pytest.raises(TypeError, match="runs must be a Run"):
+        reversible_scan((f, W), X)
+
+
+def test_a_canary_of_the_wrong_shape_is_an_error():
+    with pytest.raises(ValueError, match="shape .3, 3."):
+        total(canary=jnp.zeros(3))
+
+
+@pytest.mark.parametrize("text", ["nothin", "inputs:0", "inputs:x", "all:2", "inputs:-1"])
+def test_an_unknown_plan_is_an_error(text):
+    with pytest.raises(ValueError, match="A plan is|at least 1"):
+        parse(text)
+    with pytest.raises(ValueError, match="2 entries for 1 runs"):
+        total(plan=("nothing", "all"))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: core.Linear(shift=3), lambda: core.Linear(sign=2), lambda: core.Momentum(1.5)]
+)
+def test_impossible_couplings_are_errors(make):
+    with pytest.raises(ValueError, match="must"):
+        make()
+
+
+@pytest.mark.parametrize("text", ["revnett", "residual:2", "near-residual:3"])
+def test_a_coupling_that_cannot_be_read_is_an_error(text):
+    with pytest.raises(ValueError, match="coupling|shift must be"):
+        core.parse_coupling(text)
+    assert core.parse_coupling("near-residual:4") == core.NearResidual(4)
