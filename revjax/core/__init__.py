@@ -15,6 +15,7 @@ from .pin import pin as pin
 from .plan import All as All
 from .plan import Inputs as Inputs
 from .plan import Nothing as Nothing
+from .rebuild import reconstruction_error as reconstruction_error
 from .scan import ScanResult as ScanResult
 from .scan import reversible_scan as reversible_scan
 from .streams import FixedPoint as FixedPoint

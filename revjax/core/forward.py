@@ -86,6 +86,7 @@ def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, i
     q_next, kept, unsafe = arithmetic.step(layers.coupling, q_prev, q, fx, n)
     q_next = layers.constrain(q_next)
     out = {
+        "before": q_prev,
         "aux": aux,
         "tape": tape,
         "cache": cache,

@@ -119,36 +119,18 @@ def reversible_scan(
       >>> jax.jit(jax.grad(loss))(w_L, jnp.ones((8, 64))).shape
       (96, 64, 64)
     """
-    coupling = RevNet() if coupling is None else coupling
-    runs = as_runs(runs)
-    runs, keeps, run_of_piece = with_whole_segments(runs, for_runs(plan, len(runs)))
-    if not coupling.reversible and any(isinstance(keep, Nothing) for keep in keeps):
-        raise ValueError(
-            f"{type(coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
-            "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
-        )
-    streams = _start(x, coupling)
-    dtype = streams[1].dtype
-    arithmetic = Exact(FixedPoint(fraction_bits)) if exact else Float(dtype)
-    num_fns = sum(run.num_fns for run in runs)
+    options = dict(coupling=coupling, plan=plan, shared=shared, context=context, exact=exact)
+    problem = prepare(runs, x, **options, fraction_bits=fraction_bits, constrain=constrain)
+    layers, diff, streams, rest = problem.layers, problem.diff, problem.streams, problem.rest
+    num_fns = sum(map(layers.num_fns, range(len(layers.fns))))
     if canary is None:
         canary = jnp.zeros((num_fns, 3), jnp.float32)
     elif canary.shape != (num_fns, 3):
         raise ValueError(f"canary must have shape ({num_fns}, 3), one row for each f, but got {canary.shape}.")
-    caching = any(cache is not None for run in runs for cache in run.cache_L)
-
-    params, streams, context, canary = vary_alike((tuple(run.params_L for run in runs), streams, context, canary))
-    runs = [dataclasses.replace(run, params_L=p) for run, p in zip(runs, params, strict=True)]
-    sides = refuse_gradient((tuple(run.side_L for run in runs), shared), SIDE_NOT_DIFFERENTIATED)
-    numbers = refuse_gradient(coupling.numbers(num_fns, streams[1]), NUMBERS_NOT_DIFFERENTIATED)
-    layers = Layers.trace(runs, streams[1], sides[1], context, coupling, arithmetic, constrain or (lambda x: x), keeps)
-    closures = vary_alike(layers.closures, like=streams)
-
-    diff, other = partition((params, context, closures))
-    rest = (other, (*sides, numbers, tuple(run.cache_L for run in runs)))
-    if caching:
+    canary = vary_alike(canary, like=streams)
+    if problem.has_cache:
         diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
-        return _result(forward.run(layers, combine(diff, other), streams, rest[1], keep=False)[0], run_of_piece)
+        return _result(forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem.run_of_piece)
 
     @jax.custom_vjp
     def core(diff, streams, rest, canary):
@@ -175,7 +157,50 @@ def reversible_scan(
             "reversible_scan has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.hessian). Use reverse mode "
             "(jax.grad, jax.vjp, jax.jacrev)."
         ) from error
-    return _result(out, run_of_piece)
+    return _result(out, problem.run_of_piece)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The arguments of `reversible_scan`, checked and sorted.
+
+    Attributes:
+      diff: (parameters, context, closures), their floats; `rest` holds the others.
+      streams: those to start from, floats.
+      rest: the non-floats of `diff`, and (sides, shared, numbers, caches).
+      run_of_piece: the run that each of the layers' runs is a piece of.
+    """
+
+    layers: Layers
+    diff: PyTree
+    streams: PyTree
+    rest: tuple[PyTree, tuple]
+    has_cache: bool
+    run_of_piece: list[int]
+
+
+def prepare(runs, x, *, coupling, plan, shared, context, exact, fraction_bits, constrain) -> Problem:
+    """Checks the arguments of `reversible_scan` and traces every f once."""
+    coupling = RevNet() if coupling is None else coupling
+    runs = as_runs(runs)
+    runs, keeps, run_of_piece = with_whole_segments(runs, for_runs(plan, len(runs)))
+    if not coupling.reversible and any(isinstance(keep, Nothing) for keep in keeps):
+        raise ValueError(
+            f"{type(coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
+            "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
+        )
+    streams = _start(x, coupling)
+    arithmetic = Exact(FixedPoint(fraction_bits)) if exact else Float(streams[1].dtype)
+    params, streams, context = vary_alike((tuple(run.params_L for run in runs), streams, context))
+    runs = [dataclasses.replace(run, params_L=p) for run, p in zip(runs, params, strict=True)]
+    sides = refuse_gradient((tuple(run.side_L for run in runs), shared), SIDE_NOT_DIFFERENTIATED)
+    numbers = coupling.numbers(sum(run.num_fns for run in runs), streams[1])
+    numbers = refuse_gradient(numbers, NUMBERS_NOT_DIFFERENTIATED)
+    layers = Layers.trace(runs, streams[1], sides[1], context, coupling, arithmetic, constrain or (lambda x: x), keeps)
+    diff, other = partition((params, context, vary_alike(layers.closures, like=streams)))
+    caches = tuple(run.cache_L for run in runs)
+    has_cache = bool(jax.tree.leaves(caches))
+    return Problem(layers, diff, streams, (other, (*sides, numbers, caches)), has_cache, run_of_piece)
 
 
 def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:

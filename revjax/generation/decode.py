@@ -98,7 +98,7 @@ def check_prompt(prompt_BT: np.ndarray, max_new_tokens: int, config=None) -> Non
             f"The prompt holds the token {low if low < 0 else high}, but this model knows 0 to "
             f"{'...' if vocab_size is None else vocab_size - 1} (vocab_size={vocab_size})."
         )
-    limit = config.max_length if getattr(config, "positions", None) == "learned" else None
+    limit = getattr(config, "max_length", None) if getattr(config, "positions", None) == "learned" else None
     length = prompt_BT.shape[1] + max_new_tokens
     if limit is not None and length > limit:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Logits -> tokens.
 
-    p = softmax(logits / temperature)      temperature 0: the largest logit (greedy)
-    top-k keeps the k largest of p         top-p keeps the largest until their sum reaches p   (arXiv:1904.09751)
+p = softmax(logits / temperature)      temperature 0: the largest logit (greedy)
+top-k keeps the k largest of p         top-p keeps the largest until their sum reaches p   (arXiv:1904.09751)
 """
 
 import jax

@@ -56,7 +56,7 @@ class CheckReport:
         from rich.table import Table
 
         out = io.StringIO()
-        console = Console(file=out, width=110, highlight=False)
+        console = Console(file=out, width=110, highlight=False, force_jupyter=False)
         if self.rows:
             table = Table("branch", "rows rebuilt wrong", "unsafe elements", "max |x|", title="reversible stack")
             for name, wrong, unsafe, largest in _shortened(self.rows):

@@ -46,25 +46,22 @@ class Report:
         """Says in words which layers of `model` went wrong; "" if none did. Reads the arrays: not under jit."""
         lines = []
         for path, stack in stacks_of(model).items():
-            counts = jax.device_get(self.stacks[path])
-            for column, what in ((0, "was not rebuilt to the bit in"), (1, "was not finite or overflowed in")):
-                bad = [i for i in range(len(counts)) if counts[i, column]]
-                if not bad:
-                    continue
-                first = bad[0] if column else bad[-1]  # each error spreads in its pass's own direction
-                unit = "elements" if column else "rows"
-                lines.append(
-                    f"{path or 'stack'}: the stream {what} {len(bad)} of {len(counts)} branches, first in "
-                    f"{stack.names[first]} ({counts[first, column]:.0f} {unit}; max |x| {counts[:, 2].max():.4g})."
-                )
-                if column:
-                    lines.append(_overflow_advice(stack, counts))
-                else:
-                    lines.append("The gradients of this step are wrong. `revjax.check` finds the cause.")
+            wrong, unsafe, max_abs = jax.device_get(self.stacks[path]).T
+            for counts, what, unit, advice in (
+                (wrong, "was not rebuilt to the bit", "rows", "The gradients of this step are wrong."),
+                (unsafe, "was not finite or overflowed", "elements", _overflow_advice(stack)),
+            ):
+                bad = [i for i in range(len(counts)) if counts[i]]
+                if bad:
+                    first = bad[-1] if counts is wrong else bad[0]  # an error spreads in the direction of its pass
+                    lines.append(
+                        f"{path or 'stack'}: the stream {what} in {len(bad)} of {len(counts)} branches, first in "
+                        f"{stack.names[first]} ({counts[first]:.0f} {unit}; largest |x| {max_abs.max():.4g}). {advice}"
+                    )
         return "\n".join(lines)
 
 
-def _overflow_advice(stack: ReversibleStack, counts) -> str:
+def _overflow_advice(stack: ReversibleStack) -> str:
     limit = 2.0 ** (31 - stack.fraction_bits)
     return (
         f"Streams hold |x| < {limit:.0f} with fraction_bits={stack.fraction_bits}. If |x| is meant to be that large, "

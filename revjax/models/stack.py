@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..core import AbstractCoupling, RevNet, Run, ScanResult, reversible_scan
+from ..core import AbstractCoupling, RevNet, Run, ScanResult, reconstruction_error, reversible_scan
 from ..core.plan import Plan
 
 PyTree = Any
@@ -132,36 +132,32 @@ class ReversibleStack(nnx.Module):
           coupling, plan: instead of the stack's own, for this call.
           side: what branches get by name; not differentiated.
         """
+        given = self._arguments(x, key, context, cache, coupling, side)
+        chosen = given["coupling"]
+        plan = self.plan if plan is None else plan
+        if self.coupling.reversible and not chosen.reversible:
+            plan = "inputs"  # an ensemble, evaluated: its average has no inverse
+        return reversible_scan(**given, plan=plan, canary=self.canary[...], constrain=self.constrain)
+
+    def reconstruction_error(self, x, *, key=None, context=None, coupling=None, **side) -> jax.Array:
+        """Runs the stack forward and back: the largest error of the stream before each f, (N,). 0 where exact."""
+        return reconstruction_error(**self._arguments(x, key, context, None, coupling, side))
+
+    def _arguments(self, x, key, context, cache, coupling, side) -> dict[str, Any]:
+        """What the core takes: pure functions, their stacked parameters, a key for each f."""
         self._refuse_unknown(dict(context=context, **side))
         keys_N = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(self.names)))
         runs, start = [], 0
         for i, (branches, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
-            stop = start + len(branches) * length
-            fns, params_L, side_L = [], [], []
-            for j, branch in enumerate(branches):
-                f, params, state = branch_function(branch)
-                fns.append(f)
-                params_L.append(params)
-                side_L.append((state, None if keys_N is None else keys_N[start + j : stop : len(branches)]))
-            cache_L = None if cache is None else tuple(cache[i])
-            runs.append(Run(tuple(fns), tuple(params_L), tuple(side_L), cache_L, length=length))
+            stop, period = start + len(branches) * length, len(branches)
+            fns, params_L, states_L = zip(*map(branch_function, branches), strict=True)
+            keys_L = [None if keys_N is None else keys_N[start + j : stop : period] for j in range(period)]
+            side_L = tuple(zip(states_L, keys_L, strict=True))
+            runs.append(Run(fns, params_L, side_L, None if cache is None else tuple(cache[i]), length=length))
             start = stop
         coupling = (self.coupling if coupling is None else coupling).for_step(key)
-        plan = self.plan if plan is None else plan
-        if self.coupling.reversible and not coupling.reversible:
-            plan = "inputs"  # an ensemble, evaluated: its average has no inverse
-        return reversible_scan(
-            runs,
-            x,
-            coupling=coupling,
-            plan=plan,
-            shared=side,
-            context=context,
-            canary=self.canary[...],
-            exact=self.exact,
-            fraction_bits=self.fraction_bits,
-            constrain=self.constrain,
-        )
+        arithmetic = {"exact": self.exact, "fraction_bits": self.fraction_bits}
+        return {"runs": runs, "x": x, "coupling": coupling, "shared": side, "context": context} | arithmetic
 
     def _refuse_unknown(self, inputs: dict[str, PyTree]) -> None:
         known = {name for branches in self.runs for branch in branches for name in _keywords(branch)}

@@ -7,7 +7,9 @@ Fewer kv heads than heads is grouped-query attention (arXiv:2305.13245); `qk_nor
 root mean square (arXiv:2302.05442).
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,7 @@ def attention(
         and without dropout, segments and offset. "auto" takes cuDNN where it can, else flash. "xla" holds
         all T * S scores: for tests.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         causal=causal,
         window=window,
         q_segments_BT=q_segments_BT,
@@ -140,12 +142,12 @@ class Attention(nnx.Module):
         _check_options(window, dropout, context_dim, rotary, implementation)
         head_dim = d_model // num_heads if head_dim is None else head_dim
         source_dim = d_model if context_dim is None else context_dim
-        dense = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.query = Linear(d_model, (num_heads, head_dim), **dense)
-        self.key = Linear(source_dim, (num_kv_heads, head_dim), **dense)
-        self.value = Linear(source_dim, (num_kv_heads, head_dim), **dense)
+        dense = functools.partial(Linear, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.query = dense(d_model, (num_heads, head_dim))
+        self.key = dense(source_dim, (num_kv_heads, head_dim))
+        self.value = dense(source_dim, (num_kv_heads, head_dim))
         out_std = out_init_scale / math.sqrt(num_heads * head_dim)
-        self.out = Linear((num_heads, head_dim), d_model, init_std=out_std, **dense)
+        self.out = dense((num_heads, head_dim), d_model, init_std=out_std)
         self.query_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
         self.key_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
         self.causal = causal and context_dim is None
@@ -178,7 +180,7 @@ class Attention(nnx.Module):
         self._check_call(context, segment_ids, cache)
         source = x_BTD if context is None else context
         q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(source), self.value(source)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         offset = 0 if cache is None else cache.length
         if self.rotary is not None:

@@ -8,6 +8,7 @@ A value: `append` returns a new cache. It has no rule for what to forget.
 import dataclasses
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .rounding import accumulator
+
 
 class Embedding(nnx.Module):
     """One vector per token. Tie the output head by using `head_kernel`, not by a second Param."""
@@ -32,7 +34,9 @@ class Embedding(nnx.Module):
         """Returns logits_BTV, fp32; the product runs in `dtype`."""
         table_VD = self.table[...].astype(self.dtype)
         dims = (((x_BTD.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x_BTD.astype(self.dtype), table_VD, dims, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(
+            x_BTD.astype(self.dtype), table_VD, dims, preferred_element_type=accumulator(self.dtype)
+        )
 
 
 class LearnedPositions(nnx.Module):

@@ -22,29 +22,30 @@ The bits do not depend on what surrounds a call: each conversion to a low-precis
 `reduce_precision`, which XLA may not leave out, and the function and its forward rule are one code.
 
 The backward pass works on transposed scores, and transposed copies are made once, outside the loop:
-XLA's CPU matmul is 2-5 times faster in bf16 where no operand needs transposing. Measured on 2 CPU cores
-(AMX), jax 0.10.2, bf16, causal, milliseconds against `jax.nn.dot_product_attention` (xla):
+XLA's batched CPU matmul is 2-5 times faster in bf16 where no operand needs transposing. Measured on 2 shared CPU
+cores (AMX), jax 0.10.2, bf16, causal, block sizes as chosen; milliseconds, and in brackets the ratio to
+`jax.nn.dot_product_attention` (xla) in the same run:
 
-        B, T, N, H       forward: here, xla     forward and backward: here, xla
-MEASURED
-Block sizes follow from those runs: see `blocks.choose_blocks`.
+    (B, T, N, H)        forward         with backward
+    (8, 128, 4, 32)       1.3 (1.00)       2.8 (0.68)
+    (4, 512, 4, 64)       9.1 (0.41)      29   (0.48)
+    (2, 1024, 4, 64)     14   (0.29)      39   (0.23)
+    (1, 8192, 4, 32)    259   (0.17)     595   (0.08)
+    (1, 8192, 4, 64)    277   (0.15)     631   (0.08)
+
+There a block of scores did best at 1 to 4 million elements over all heads and rows (`choose_blocks`).
+Nothing was measured on a GPU: prefer cuDNN there, see `attention.py`.
 
 Only jax is imported here. No parameters, no layers, no cache.
 """
 
-import dataclasses
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .blocks import (
-    Tiling,
     at,
-    choose_blocks,
     join_blocks,
     join_rows,
     put,
@@ -52,6 +53,7 @@ from .blocks import (
     split_rows,
     split_segments,
 )
+from .flash_arguments import prepare
 from .rounding import accumulator, rounded
 
 _LOWEST = -1e30  # finite, so that a row which sees nothing yet has exp(-inf - m) = 0, not NaN
@@ -115,7 +117,7 @@ def flash_attention_with_lse(q_BTNH, k_BSKH, v_BSKH, **options) -> tuple[jax.Arr
 
     Both are differentiable. `lse` is -inf for a query that sees no key.
     """
-    spec, side = _prepare(q_BTNH, k_BSKH, v_BSKH, **options)
+    spec, side = prepare(q_BTNH, k_BSKH, v_BSKH, **options)
     return _flash(spec, q_BTNH, k_BSKH, v_BSKH, side)
 
 
@@ -125,31 +127,13 @@ def flash_attention_replay(q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, **options) -
     The forward kernel is not run: a backward pass that kept `o` and `lse` saves its cost. They must come
     from `flash_attention_with_lse` with the same inputs and options; they get no gradient themselves.
     """
-    spec, side = _prepare(q_BTNH, k_BSKH, v_BSKH, **options)
+    spec, side = prepare(q_BTNH, k_BSKH, v_BSKH, **options)
     if o_BTNH.shape != (*q_BTNH.shape[:3], v_BSKH.shape[3]) or lse_BNT.shape != _lse_shape(q_BTNH):
         raise ValueError(
             f"o and lse must have the shapes {(*q_BTNH.shape[:3], v_BSKH.shape[3])} and {_lse_shape(q_BTNH)}, but got "
             f"{o_BTNH.shape} and {lse_BNT.shape}. Keep what `flash_attention_with_lse` returned for these inputs."
         )
     return _replay(spec, q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, side)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Spec:
-    """What is static in one call."""
-
-    tiling: Tiling
-    scale: float
-    dropout: float
-
-
-class _Side(NamedTuple):
-    """What is traced in one call and has no gradient."""
-
-    q_segments_BT: jax.Array | None
-    k_segments_BS: jax.Array | None
-    offset: jax.Array | None  # None where it is static: `Tiling.offset`
-    key: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -290,85 +274,6 @@ def _matmul(a, b):
 def _transposed(x):
     """A transposed copy: without the barrier XLA would fold it back into the (then slow) matmul."""
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-
-
-def _prepare(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    *,
-    causal=False,
-    window=None,
-    q_segments_BT=None,
-    k_segments_BS=None,
-    q_offset=0,
-    scale=None,
-    dropout=0.0,
-    key=None,
-    block_q=None,
-    block_k=None,
-) -> tuple[_Spec, _Side]:
-    """Checks the arguments of one call and sorts them into what is static and what is traced."""
-    _check_shapes(q_BTNH, k_BSKH, v_BSKH)
-    _check_options(window, dropout, block_q, block_k)
-    _check_segments(q_BTNH, k_BSKH, q_segments_BT, k_segments_BS)
-    batch, num_queries, num_heads, head_dim = q_BTNH.shape
-    num_keys = k_BSKH.shape[1]
-    block_q, block_k = choose_blocks(batch * num_heads, num_queries, num_keys, block_q, block_k)
-    static_offset = int(q_offset) if isinstance(q_offset, (int, np.integer)) else None
-    tiling = Tiling(
-        num_queries=num_queries,
-        num_keys=num_keys,
-        block_q=block_q,
-        block_k=block_k,
-        causal=causal,
-        window=window,
-        offset=static_offset,
-    )
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    side = _Side(q_segments_BT, k_segments_BS, q_offset if static_offset is None else None, key)
-    return _Spec(tiling=tiling, scale=scale, dropout=dropout), side
-
-
-def _check_shapes(q, k, v):
-    agree = (
-        q.ndim == k.ndim == v.ndim == 4
-        and q.shape[0] == k.shape[0] == v.shape[0]
-        and k.shape[1:3] == v.shape[1:3]
-        and q.shape[3] == k.shape[3]
-        and q.shape[2] % k.shape[2] == 0
-    )
-    if not agree:
-        raise ValueError(
-            "Expected q (B, T, N, H), k and v (B, S, K, H) with N a multiple of K, but got "
-            f"q {q.shape}, k {k.shape} and v {v.shape}."
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, but got {q.dtype}, {k.dtype} and {v.dtype}. Cast them first.")
-
-
-def _check_options(window, dropout, block_q, block_k):
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (a query's own position), but got {window}. None is no window.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, but got {dropout}.")
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block is not None and block < 1:
-            raise ValueError(f"{name} must be at least 1, but got {block}. None chooses one.")
-
-
-def _check_segments(q, k, q_segments, k_segments):
-    if q_segments is None and k_segments is None:
-        return
-    if q_segments is None or k_segments is None:
-        raise ValueError(
-            "Segments need both sides: pass q_segments_BT and k_segments_BS (in self-attention the same array)."
-        )
-    if q_segments.shape != q.shape[:2] or k_segments.shape != k.shape[:2]:
-        raise ValueError(
-            f"Segments must have the shapes {q.shape[:2]} (queries) and {k.shape[:2]} (keys), but got "
-            f"{q_segments.shape} and {k_segments.shape}."
-        )
 
 
 def _lse_shape(q_BTNH):

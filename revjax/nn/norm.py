@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .rounding import accumulator
+
 
 class RMSNorm(nnx.Module):
     """Divides by the root mean square of the last axis. Starts as a pure normalisation: offset + scale = 1.
@@ -23,7 +25,7 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = x.astype(accumulator(x.dtype))
         y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (y * _like(self.offset + self.scale[...], y)).astype(self.dtype)
 
@@ -39,7 +41,7 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = x.astype(accumulator(x.dtype))
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         y = y * _like(self.scale[...], y)

@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from .rounding import accumulator
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
@@ -35,9 +37,10 @@ class Rotary:
         head_dim = x_BTNH.shape[-1]
         if head_dim % 2:
             raise ValueError(f"Rotary embeddings pair up channels, so head_dim must be even, but got {head_dim}.")
-        angles = positions_BT.astype(jnp.float32)[:, :, None, None] * self.frequencies(head_dim)[None, None, None, :]
+        wide = accumulator(x_BTNH.dtype)
+        angles = positions_BT.astype(wide)[:, :, None, None] * self.frequencies(head_dim)[None, None, None, :]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+        first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
         y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
         return y.astype(x_BTNH.dtype)
 

@@ -1,7 +1,9 @@
 """Training: a pure step over any module and loss, and the loop around it."""
 
+from .folder import RunFolder as RunFolder
 from .loop import Outcome as Outcome
 from .loop import TrainingConfig as TrainingConfig
+from .loop import mean_loss as mean_loss
 from .loop import train as train
 from .metrics import MetricsLog as MetricsLog
 from .metrics import read_metrics as read_metrics
@@ -9,6 +11,7 @@ from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer
 from .optimizer import make_schedule as make_schedule
 from .plots import plot_losses as plot_losses
+from .signals import StopRequest as StopRequest
 from .state import Skeleton as Skeleton
 from .state import TrainState as TrainState
 from .state import init_state as init_state

@@ -85,81 +85,77 @@ def train(
 
     Every ending leaves a committed checkpoint of the state that is returned.
     """
-    reader = _Reader(config, skeleton, metrics_log, batches.batch_size * batches.sequence_length)
-    step, validated, stopped = int(state.step), -1, False
+    step, validated = int(state.step), -1
     assert batches.step == step, f"batches stand at {batches.step}, the state at {step}"
-
-    def validate():
-        nonlocal validated
-        if evaluate is not None and validated != step:
-            reader.finish()
-            validated, loss = step, evaluate(state)
-            metrics_log.validation(step=step, loss=loss, bits_per_byte=bits(loss), time=time.time())
-            get_logger(__name__).info("step %d: validation %.4f bits/byte", step, bits(loss))
-            reader.restart_clock()
-
-    def save(*, force: bool):
-        if force or checkpointer.should_save(step):
-            checkpointer.save(step, state.as_dict(), {"step": step, "data": batches.state()}, force=force)
-            reader.restart_clock()
-
     with Progress(config.steps, "train", every_s=config.log_every_s) as progress:
-        reader.progress = progress
         progress.update(step)
+        reader = _Reader(config, skeleton, metrics_log, progress, batches.batch_size * batches.sequence_length)
+
+        def validate():
+            nonlocal validated
+            if evaluate is not None and validated != step:
+                reader.read()
+                validated, loss = step, evaluate(state)
+                metrics_log.validation(step=step, loss=loss, bits_per_byte=bits(loss), time=round(time.time(), 3))
+                get_logger(__name__).info("step %d: validation %.4f bits/byte", step, bits(loss))
+                reader.restart_clock()
+
         if step == 0:
             validate()
-        while step < config.steps and not (stopped or stop_request.signal):
+        while step < config.steps and not (reader.must_stop or stop_request.signal):
             state, metrics = train_step(state, next(batches))  # returns at once: the device works on
             step += 1
-            stopped = reader.read_one_late(step, metrics)
+            reader.read()  # the step before this one
+            reader.pending = (step, metrics)
             if step % config.eval_every == 0 or step == config.steps:
                 validate()
-            save(force=False)
-        stopped = reader.finish() or stopped
-    save(force=True)
+            if checkpointer.should_save(step):
+                reader.read()
+                checkpointer.save(step, state.as_dict(), {"step": step, "data": batches.state()})
+                reader.restart_clock()
+        reader.read()
+    checkpointer.save(step, state.as_dict(), {"step": step, "data": batches.state()}, force=True)
     checkpointer.wait()
-    ended = "stopped" if stopped else "finished" if step >= config.steps else "interrupted"
-    return Outcome(state, ended, stop_request.signal if ended == "interrupted" else None)
+    if reader.must_stop:
+        return Outcome(state, "stopped")
+    return Outcome(state, "finished") if step >= config.steps else Outcome(state, "interrupted", stop_request.signal)
 
 
 class _Reader:
     """Fetches the metrics of a step once the next one is under way; writes, shows and judges them."""
 
-    def __init__(self, config: TrainingConfig, skeleton: Skeleton, log: MetricsLog, tokens_per_step: int):
-        self.config, self.skeleton, self.log, self.tokens = config, skeleton, log, tokens_per_step
-        self.progress: Progress | None = None
+    def __init__(
+        self, config: TrainingConfig, skeleton: Skeleton, log: MetricsLog, progress: Progress, tokens_per_step: int
+    ):
+        self.config, self.skeleton, self.log, self.progress = config, skeleton, log, progress
+        self.tokens_per_step = tokens_per_step
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.complaints = 0
+        self.must_stop = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What passed since the last step was not training."""
+        """What has passed since the last step was not training."""
         self.since = time.perf_counter()
 
-    def read_one_late(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Reads the step before; returns whether training must stop."""
-        must_stop = self.finish()
-        self.pending = (step, metrics)
-        return must_stop
-
-    def finish(self) -> bool:
-        """Reads what is pending; returns whether training must stop."""
+    def read(self) -> None:
+        """Waits for the pending step, if there is one, and reads it."""
         if self.pending is None:
-            return False
-        (step, device_metrics), self.pending = self.pending, None
-        metrics = jax.device_get({k: v for k, v in device_metrics.items() if k != "report"})
+            return
+        (step, on_device), self.pending = self.pending, None
+        numbers = jax.device_get({name: x for name, x in on_device.items() if name != "report"})
         now = time.perf_counter()
-        seconds, self.since = now - self.since, now
-        trouble, loss = bool(metrics.pop("trouble")), float(metrics["loss"])
-        speed = self.tokens / max(seconds, 1e-9)
-        metrics |= {"bits_per_byte": bits(loss), "tokens_per_second": round(speed, 1), "time": round(time.time(), 3)}
-        self.log.step(step=step, **metrics)
-        assert self.progress is not None
-        shown = {"bits_per_byte": bits(loss), "tokens_per_s": round(speed), "canary": int(metrics["canary"])}
-        self.progress.update(1, loss=loss, **shown)
+        speed, self.since = self.tokens_per_step / max(now - self.since, 1e-9), now
+        trouble, loss = bool(numbers.pop("trouble")), float(numbers["loss"])
+        numbers |= {name: int(numbers[name]) for name in ("canary", "unsafe", "skipped")}
+        numbers |= {"bits_per_byte": bits(loss), "tokens_per_second": round(speed, 1), "time": round(time.time(), 3)}
+        self.log.step(step=step, **numbers)
+        self.progress.update(
+            1, loss=loss, bits_per_byte=bits(loss), tokens_per_s=round(speed), canary=numbers["canary"]
+        )
         if trouble:
-            self._complain(step, metrics, device_metrics["report"])
-        return trouble and self.config.on_trouble == "stop"
+            self._complain(step, numbers, on_device["report"])
+            self.must_stop = self.config.on_trouble == "stop"
 
     def _complain(self, step: int, metrics: dict[str, Any], report: Any) -> None:
         self.complaints += 1
@@ -175,12 +171,12 @@ class _Reader:
         finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
         if not finite:
             said += f"\nThe loss is {metrics['loss']:.4g} and the norm of its gradient {metrics['grad_norm']:.4g}."
-        get_logger(__name__).warning("step %d: this step's gradient is not to be trusted.\n%s\n%s", step, said.strip(), done)
+        get_logger(__name__).warning(
+            "step %d: this step's gradient is not to be trusted.\n%s\n%s", step, said.strip(), done
+        )
 
 
-def mean_loss(
-    eval_step: Callable[[Any, Any], tuple[Any, Any]], params: Any, batches: Iterable[Any]
-) -> float:
+def mean_loss(eval_step: Callable[[Any, Any], tuple[Any, Any]], params: Any, batches: Iterable[Any]) -> float:
     """The loss in nats per token over all of `batches`: the sums are divided once."""
     sums = [eval_step(params, batch) for batch in batches]
     total, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

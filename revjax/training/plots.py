@@ -32,12 +32,15 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
         axes.plot(steps, smooth(losses), color=_DARK, linewidth=1.6, label="training, running mean")
     if held_out:
         x, y = ([line[k] for line in held_out] for k in ("step", "bits_per_byte"))
-        axes.plot(x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, label="held-out text")
-        note = dict(textcoords="offset points", ha="right", fontsize=9, color=_HELD_OUT)
-        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), **note)
+        axes.plot(
+            x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, clip_on=False, zorder=3, label="held-out text"
+        )
+        last = axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), "data", "offset points", ha="right", color=_HELD_OUT)
+        last.set_in_layout(False)
     lowest = min([*losses, *(line["bits_per_byte"] for line in held_out)])
     # The first steps are far above all that follows: leave them out of the frame rather than flatten the rest.
     highest = max(np.quantile(losses, 0.97), losses[-1]) if len(losses) >= 20 else max(losses)
+    highest = max([highest, *(line["bits_per_byte"] for line in held_out[-1:])])
     margin = 0.08 * max(highest - lowest, 0.1)
     axes.set_ylim(lowest - margin, highest + margin)
     axes.set_xlim(0, steps[-1])
@@ -55,9 +58,9 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """The mean of the last losses (a fiftieth of them) at each step; fewer at the start."""
-    width = max(len(losses) // 50, 5)
+    """The mean of the losses around each step (a fiftieth of all of them); fewer at both ends."""
+    half = max(len(losses) // 100, 2)
     sums = np.cumsum(np.concatenate([[0.0], losses]))
-    stop = np.arange(1, len(losses) + 1)
-    start = np.maximum(stop - width, 0)
+    at = np.arange(len(losses))
+    start, stop = np.maximum(at - half, 0), np.minimum(at + half + 1, len(losses))
     return (sums[stop] - sums[start]) / (stop - start)

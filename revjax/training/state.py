@@ -36,7 +36,9 @@ class TrainState:
 
     def from_dict(self, nested: Nested) -> "TrainState":
         """The state that `nested` holds, in the structure of this one."""
-        return TrainState(**{f.name: _filled(getattr(self, f.name), nested.get(f.name)) for f in dataclasses.fields(self)})
+        return TrainState(
+            **{f.name: _filled(getattr(self, f.name), nested.get(f.name)) for f in dataclasses.fields(self)}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,6 @@ def split(model: nnx.Module) -> tuple[Skeleton, Nested]:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to train.")
-    rest = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a, rest)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
     return Skeleton(graphdef, abstract, rest), to_nested(params)
 
@@ -100,7 +101,7 @@ def _filled(like: PyTree, nested: PyTree) -> PyTree:
 
 
 def _names(path) -> list[str]:
-    """"stack", "runs", "0", ...; the attribute in which a variable keeps its array is left out."""
+    """ "stack", "runs", "0", ...; the attribute in which a variable keeps its array is left out."""
     names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None)))) for k in path]
     in_variable = len(names) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value"
     return names[:-1] if in_variable else names

@@ -54,7 +54,7 @@ def make_train_step(
         mean_loss = lambda model: _mean(*loss(model, batch, key))
         (value, report), grads = value_and_grad(mean_loss)(skeleton.merge(state.params))
         grads = to_nested(grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value) | ~jnp.isfinite(grad_norm)
         refuse = trouble & (on_trouble != "warn")
 

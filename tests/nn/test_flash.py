@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from revjax.nn import flash_attention, flash_attention_replay, flash_attention_with_lse
+from revjax.nn.blocks import Tiling
 
 TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # fp32, another order of summation
 
@@ -106,18 +108,11 @@ def test_transformations_do_not_change_outputs_or_gradients(wrap):
     same(value_and_grad(wrapped), value_and_grad(lambda qkv: attend(*qkv)))
 
 
-def test_vmap_over_traced_offsets_and_keys():
+def test_vmap_over_traced_offsets():
     (q, k, v), _ = inputs(2, 2, T=5, S=33)
-    attend = jax.jit(
-        lambda offset, key: flash_attention(
-            q, k, v, causal=True, q_offset=offset, dropout=0.3, key=key, block_q=4, block_k=8
-        )
-    )
-    offsets, keys = jnp.array([0, 13, 28]), jax.random.split(jax.random.key(3), 3)
-    same(
-        jax.jit(jax.vmap(attend))(offsets, keys),
-        jnp.stack([attend(*x) for x in zip(offsets, keys, strict=True)]),
-    )
+    attend = jax.jit(lambda offset: flash_attention(q, k, v, causal=True, q_offset=offset, block_q=4, block_k=8))
+    offsets = jnp.array([0, 13, 28])
+    same(jax.jit(jax.vmap(attend))(offsets), jnp.stack([attend(offset) for offset in offsets]))
 
 
 @pytest.mark.parametrize("dropout", [0.3])
@@ -149,8 +144,6 @@ def test_only_inputs_output_and_lse_are_kept_for_backward():
 
 
 def test_causal_attention_runs_only_blocks_that_somebody_sees():
-    from revjax.nn.blocks import Tiling
-
     tiling = Tiling(num_queries=80, num_keys=80, block_q=10, block_k=10, causal=True, window=None, offset=0)
     assert len(tiling.pairs()) == 8 * 9 // 2
     tiling = Tiling(num_queries=80, num_keys=80, block_q=10, block_k=10, causal=True, window=10, offset=0)
@@ -194,8 +187,6 @@ def test_fp64_gradients_are_finite_differences():
     with jax.enable_x64(True):
         (q, k, v), options = inputs(2, 1, T=5, S=5, causal=True)
         q, k, v = (x.astype(jnp.float64) for x in (q, k, v))
-        from jax.test_util import check_grads
-
         check_grads(jax.jit(lambda *qkv: flash_attention(*qkv, **options)), (q, k, v), order=1, modes=["rev"])
 
 
@@ -209,14 +200,14 @@ def flash_gradient_bytes(attend, length):
 def test_memory_of_the_gradient_is_linear_in_length():
     attend = functools.partial(flash_attention, causal=True)
     short, middle, long = (flash_gradient_bytes(attend, n) for n in (4096, 8192, 16384))
-    assert long - middle <= 2.1 * (middle - short)
+    assert middle <= 2 * short and long <= 2 * middle
     assert long < 4 * 16384 * 4 * 32 * 40  # bytes per element of q: far from 16384**2
 
 
 def test_the_memory_test_can_fail():
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     short, middle, long = (flash_gradient_bytes(attend, n) for n in (4096, 8192, 16384))
-    assert long - middle > 3.5 * (middle - short)
+    assert middle > 3.5 * short and long > 3.5 * middle
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""`revjax COMMAND ...`: each command is one function that parses, builds and calls.
+
+A mistake of the user's is one message on stderr and exit code 2. Results go to stdout, the log to stderr.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from ..errors import RevjaxError, nearest
+
+COMMANDS = {
+    "train": "train a language model from a config file",
+    "generate": "continue a text with a trained model",
+    "check": "prove on this machine that a model's gradients are right to the bit",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `revjax COMMAND ...`; `argv` (default: the command line) starts with the command. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from ..experiment import versions
+
+        print(versions())
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"revjax: there is no command {argv[0]!r}.{nearest(argv[0], COMMANDS)}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{argv[0]}", __package__)
+    return call(getattr(module, argv[0]), argv[1:])
+
+
+def call(command: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Runs one command (default: with the command line's words). Returns its exit code: 2 for a user's mistake."""
+    try:
+        return command(list(sys.argv[1:] if argv is None else argv))
+    except RevjaxError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while nothing was under way that could be saved
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}   {what}" for name, what in COMMANDS.items())
+    return f"usage: revjax COMMAND ...\n\n{listed}\n\nrevjax COMMAND --help explains a command; revjax --version."

@@ -1,0 +1,19 @@
+"""`revjax generate runs/NAME [--prompt="def "] [--temperature=0.7] ...`."""
+
+from .. import experiment
+from ..config import help_text, load
+from .words import leading_names, one_name, take
+
+USAGE = "revjax generate runs/NAME [--prompt='def '] [--temperature=0.7] [--max_new_tokens=300]"
+
+
+def generate(argv: list[str]) -> int:
+    """Prints a text that the model of a run makes of a prompt; returns the exit code."""
+    names, settings = leading_names(argv)
+    if take(settings, "-h", "--help"):
+        print(help_text(experiment.SampleConfig, prog="revjax generate", description=USAGE))
+        return 0
+    options = load(experiment.SampleConfig, (), settings, environ={})
+    model = experiment.load_model(one_name(names, USAGE))
+    print(experiment.sample_text(model, options))
+    return 0

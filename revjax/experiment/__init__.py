@@ -1,0 +1,20 @@
+"""A run from its configuration: the one package that knows all parts.
+
+config  ->  build: text, model, optimizer, compiled step  ->  run: trains in runs/NAME/
+"""
+
+from .build import Experiment as Experiment
+from .build import build as build
+from .build import check_model as check_model
+from .build import next_byte_loss as next_byte_loss
+from .config import FolderConfig as FolderConfig
+from .config import MemoryConfig as MemoryConfig
+from .config import RunConfig as RunConfig
+from .config import SampleConfig as SampleConfig
+from .run import Result as Result
+from .run import run as run
+from .samples import load_model as load_model
+from .samples import sample_text as sample_text
+from .versions import versions as versions
+from .words import announce as announce
+from .words import summarize as summarize

@@ -1,0 +1,110 @@
+"""A run from its configuration: text, model, optimizer and compiled step.
+
+`build` finds every mistake that can be found without training, and writes nothing.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..checkpoint import Checkpointer
+from ..data import Batches, Corpus, batches, load_corpus
+from ..errors import DataError
+from ..models import CheckReport, Decoder, check
+from ..training import (
+    RunFolder,
+    Skeleton,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split,
+)
+from .config import FREE, RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run that is ready to be trained. See `build`."""
+
+    config: RunConfig
+    folder: RunFolder
+    corpus: Corpus
+    batches: Batches
+    skeleton: Skeleton
+    state: TrainState
+    train_step: Any  # compiled: (state, batch) -> (state, metrics)
+    eval_step: Any  # (params, batch) -> (sum of losses, sum of weights)
+
+    @property
+    def start_step(self) -> int:
+        """0, or the step of the checkpoint that the run continues from."""
+        return self.batches.step
+
+
+def next_byte_loss(model: nnx.Module, rows: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """(sum of losses in nats, number of tokens) of predicting each of `rows` (B, T + 1) but the first of a row."""
+    rows = rows.astype("int32")
+    return model.loss(rows[:, :-1], rows[:, 1:], key=key)  # type: ignore[attr-defined]
+
+
+def build(config: RunConfig) -> Experiment:
+    """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
+
+    Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing.
+    """
+    folder = RunFolder(config.run.path, config, ignore=FREE)
+    corpus = load_text(config)
+    rows = batches(
+        corpus.train,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.training.seed,
+    )
+    param_key, step_key = jax.random.split(jax.random.key(config.training.seed))
+    skeleton, params = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(param_key)))
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    state = _latest(init_state(params, optimizer, step_key), folder, rows)
+    step = make_train_step(
+        skeleton,
+        next_byte_loss,
+        optimizer,
+        schedule=make_schedule(config.optimizer, config.training.steps),
+        on_trouble=config.training.on_trouble,
+    )
+    compiled = jax.jit(step, donate_argnums=0).lower(state, rows.batch(0)).compile()
+    evaluate = jax.jit(make_eval_step(skeleton, next_byte_loss))
+    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, evaluate)
+
+
+def load_text(config: RunConfig) -> Corpus:
+    """The corpus of `config`; raises `DataError` where the model's vocabulary does not hold it."""
+    corpus = load_corpus(config.data)
+    largest = max(int(tokens.max(initial=0)) for tokens in (corpus.train, corpus.validation))
+    if largest >= config.model.vocab_size:
+        raise DataError(
+            f"The text of {config.data.source!r} has the byte {largest}, but the model knows 0 to "
+            f"{config.model.vocab_size - 1}. Set --model.vocab_size=256."
+        )
+    return corpus
+
+
+def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> TrainState:
+    """The state of the latest checkpoint, to which `rows` are moved; without one, `state` itself."""
+    with Checkpointer(folder.checkpoints) as checkpointer:
+        if checkpointer.latest_step() is None:
+            return state
+        nested, meta = checkpointer.restore(target=state.as_dict())
+    rows.restore(meta["data"])
+    return state.from_dict(nested)
+
+
+def check_model(config: RunConfig) -> CheckReport:
+    """Checks the model of `config`, untrained, on two rows of random tokens."""
+    model = Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(config.training.seed))
+    size, key = (2, min(config.data.sequence_length, 128)), jax.random.key(config.training.seed)
+    return check(model, jax.random.randint(key, size, 0, config.model.vocab_size), key=jax.random.fold_in(key, 1))

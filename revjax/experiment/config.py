@@ -1,0 +1,91 @@
+"""The configuration of a run, checked as a whole."""
+
+import dataclasses
+import pathlib
+
+from ..core import parse_coupling
+from ..core.plan import Nothing
+from ..core.plan import parse as parse_plan
+from ..data import ByteTokenizer, DataConfig
+from ..errors import ConfigError
+from ..generation.decode import check_prompt
+from ..models import DecoderConfig
+from ..training import OptimizerConfig, TrainingConfig
+
+# What may change between two starts of one run: it does not change what the run computes.
+FREE = (
+    "run",
+    "training.keep_checkpoints",
+    "training.log_every_s",
+    "training.sample_prompt",
+    "training.sample_temperature",
+    "training.sample_tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Where results go: `folder/name`."""
+
+    name: str = "default"
+    folder: str = "runs"
+
+    def __post_init__(self):
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
+            raise ValueError(f"name must be the name of a folder, without slashes, but got {self.name!r}.")
+
+    @property
+    def path(self) -> pathlib.Path:
+        return pathlib.Path(self.folder).expanduser() / self.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What the backward pass finds kept."""
+
+    plan: str = "nothing"  # nothing (rebuild), inputs:K (recompute from every K-th layer) or all (store)
+
+    def __post_init__(self):
+        parse_plan(self.plan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a run depends on, but for the text itself."""
+
+    run: FolderConfig = FolderConfig()
+    model: DecoderConfig = DecoderConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    memory: MemoryConfig = MemoryConfig()
+
+    def __post_init__(self):
+        if not parse_coupling(self.model.coupling).reversible and isinstance(parse_plan(self.memory.plan), Nothing):
+            raise ConfigError(
+                f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan 'nothing' cannot rebuild its "
+                "streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible coupling."
+            )
+        if self.model.positions == "learned" and self.model.max_length < self.data.sequence_length:
+            raise ConfigError(
+                f"Learned positions end at model.max_length={self.model.max_length}, but data.sequence_length is "
+                f"{self.data.sequence_length}. Set --model.max_length={self.data.sequence_length}."
+            )
+        if self.training.sample_prompt:
+            tokens = ByteTokenizer().encode(self.training.sample_prompt)
+            try:
+                check_prompt(tokens[None], self.training.sample_tokens, self.model)
+            except ValueError as e:
+                raise ConfigError(f"training.sample_prompt {self.training.sample_prompt!r}: {e}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What to generate."""
+
+    prompt: str = "def "  # what the text continues
+    max_new_tokens: int = 300  # bytes
+    temperature: float = 0.7  # 0 always takes the likeliest byte, 1 is the model's own distribution
+    top_k: int | None = None  # only the k likeliest bytes
+    top_p: float | None = None  # only the likeliest bytes that sum to p
+    seed: int = 0  # another one, another text

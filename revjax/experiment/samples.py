@@ -1,0 +1,56 @@
+"""Text from a trained model."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ..checkpoint import Checkpointer
+from ..data import ByteTokenizer
+from ..errors import CheckpointError, ConfigError
+from ..generation import generate
+from ..models import Decoder
+from ..training import split
+from ..training.folder import read_config
+from .config import RunConfig, SampleConfig
+
+
+def sample_text(model: nnx.Module, config: SampleConfig) -> str:
+    """The prompt and what `model` makes of it, up to the end of a file. Raises `ConfigError` for a bad prompt."""
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.encode(config.prompt)
+    try:
+        new_tokens = generate(
+            model,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            key=jax.random.key(config.seed),
+        )
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    ends = np.flatnonzero((new_tokens == 0) | (new_tokens > 255))
+    new_tokens = new_tokens[: ends[0]] if len(ends) else new_tokens
+    return tokenizer.decode(np.concatenate([prompt, new_tokens]))
+
+
+def load_model(folder: str | os.PathLike) -> Decoder:
+    """The model of the latest checkpoint of the run in `folder`.
+
+    Raises `RunFolderError` or `CheckpointError` where there is none.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    config = read_config(folder, RunConfig)
+    abstract = nnx.eval_shape(lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        nested, _ = checkpointer.restore()
+    _, params = split(abstract)
+    described = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.flatten_with_path(tree)[0]}
+    if described(params) != described(nested["params"]):
+        raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
+    skeleton, _ = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
+    return skeleton.merge(jax.tree.map(jax.numpy.asarray, nested["params"]))  # type: ignore[return-value]

@@ -1,0 +1,80 @@
+"""What a run says of itself before and after."""
+
+from typing import Any
+
+import jax
+
+from ..memory import activation_memory
+from ..models import flops_per_token, num_params
+from ..training import read_metrics
+from .build import Experiment
+from .run import Result
+from .versions import versions
+
+
+def announce(experiment: Experiment) -> str:
+    """What the run is about to do and what it costs, in a few lines. Compiles for the memory figures (seconds)."""
+    config, corpus, start = experiment.config, experiment.corpus, experiment.start_step
+    model, data, steps = config.model, config.data, config.training.steps
+    tokens_per_step = data.batch_size * data.sequence_length
+    tokens = (steps - start) * tokens_per_step
+    flops = tokens * flops_per_token(model, data.sequence_length)
+    needed = activation_memory(model, data.batch_size, data.sequence_length, plan=config.memory.plan)
+    reversible, checkpoint, stored = (_bytes(needed[how]) for how in ("reversible", "checkpoint", "stored"))
+    going_on = f" from step {start}" if start else ""
+    device = jax.devices()[0]
+    lines = {
+        "run": f"{config.run.name}{going_on}, on {jax.device_count()} x {device.device_kind} ({device.platform})",
+        "versions": versions(),
+        "model": f"{num_params(experiment.skeleton.abstract):,} parameters: {model.num_layers} layers, "
+        f"d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
+        "text": f"{data.source}: {len(corpus.train):,} bytes of {len(corpus.train_files)} files, "
+        f"{len(corpus.validation):,} bytes of {len(corpus.validation_files)} files held out",
+        "training": f"{steps - start:,} steps of {data.batch_size} x {data.sequence_length} tokens: {tokens:,} tokens, "
+        f"{flops:.2g} floating-point operations",
+        "activations": f"{reversible} with coupling {model.coupling} and plan {config.memory.plan}; "
+        f"{checkpoint} with jax.checkpoint, {stored} stored",
+        "": "(temporary bytes of the gradient, counted by XLA)",
+        "results": f"{experiment.folder.path}/",
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def summarize(result: Result) -> str:
+    """What a run has come to, in a few lines."""
+    outcome, folder = result.outcome, result.folder
+    step = int(outcome.state.step)
+    ended = {
+        "finished": f"finished at step {step:,}",
+        "interrupted": f"interrupted after step {step:,}; the same command continues from there",
+        "stopped": f"stopped at step {step:,}, because of a gradient that is not to be trusted (see above)",
+    }[outcome.ended]
+    held_out = read_metrics(folder / "validation.jsonl")
+    skipped = int(outcome.state.skipped)
+    lines = {
+        "run": ended + (f", {skipped} updates left out" if skipped else ""),
+        "time": f"{result.seconds:.0f} s",
+        "held out": _first_to_last(held_out),
+        "results": f"{folder}/: checkpoints/, metrics.jsonl, validation.jsonl, loss.png"
+        + (", sample.txt" if result.sample else ""),
+    }
+    text = "\n".join(f"{name:<12} {line}" for name, line in lines.items() if line)
+    if result.sample:
+        text += f"\n\n{result.sample}\n\nFor more: python scripts/generate.py {folder} --prompt='class '"
+    return text
+
+
+def _first_to_last(lines: list[dict[str, Any]]) -> str:
+    if not lines:
+        return ""
+    number = lambda line: "no number" if line["bits_per_byte"] is None else f"{line['bits_per_byte']:.3f}"
+    first, last = lines[0], lines[-1]
+    return f"{number(first)} bits/byte at step {first['step']:,}, {number(last)} at step {last['step']:,}"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"

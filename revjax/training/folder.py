@@ -1,0 +1,99 @@
+"""The folder of one run. Only one configuration ever writes to it.
+
+config.yaml         as resolved, with the versions that it was started with
+metrics.jsonl       one line for each step            validation.jsonl   one for each evaluation
+checkpoints/STEP    the latest few                    loss.png, sample.txt
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Collection
+from typing import Any
+
+from ..config import dump, load
+from ..errors import ConfigError, RunFolderError
+from .metrics import read_metrics
+
+
+class RunFolder:
+    """A folder that does not exist yet, is empty, or holds this very run.
+
+    Args:
+      path: of the folder. Nothing is written before `claim`.
+      config: a dataclass instance. It must be what the folder's config.yaml says, where there is one.
+      ignore: dotted names (of fields, or of sections) in which the two may differ.
+
+    Raises `RunFolderError` where the folder is a file, or holds another run or something else.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Any, *, ignore: Collection[str] = ()):
+        self.path, self.config = path, config
+        self.checkpoints = path / "checkpoints"
+        self.is_new = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        if not self.is_new:
+            self._check_same(ignore)
+
+    def _check_same(self, ignore: Collection[str]) -> None:
+        there = read_config(self.path, type(self.config))
+        ours, theirs = _flat(self.config), _flat(there)
+        ignored = lambda name: any(name == i or name.startswith(f"{i}.") for i in ignore)
+        different = [name for name in ours if ours[name] != theirs.get(name) and not ignored(name)]
+        if different:
+            shown = "; ".join(f"{name} was {theirs.get(name)!r} and is now {ours[name]!r}" for name in different[:4])
+            more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+            raise RunFolderError(
+                f"{self.path} holds a run with another configuration: {shown}{more}. Give this run a name of its own, "
+                f"--run.name={self.path.name}-2, or delete the folder."
+            )
+
+    def claim(self, header: str) -> None:
+        """Makes the folder and writes config.yaml, below `header` as a comment; leaves a run that is there alone."""
+        if not self.is_new:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = "".join(f"# {line}\n" for line in header.splitlines()) + dump(self.config)
+            (self.path / "config.yaml").write_text(text, encoding="utf-8")
+        except OSError as e:
+            raise RunFolderError(
+                f"Cannot write to {self.path}: {e.strerror}. Set run.folder to another place."
+            ) from None
+
+    def give_up(self) -> None:
+        """Deletes the folder if this run made it and no step was made."""
+        if self.is_new and not read_metrics(self.path / "metrics.jsonl") and not self.checkpoints.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def read_config(path: pathlib.Path, schema: type) -> Any:
+    """Returns the configuration of the run in the folder `path`; raises `RunFolderError` where there is none."""
+    if not path.exists():
+        others = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
+        known = f" {path.parent} has {', '.join(others)}." if others else ""
+        raise RunFolderError(f"There is no run in {path}: the folder does not exist.{known}")
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is a file, but a run needs a folder.")
+    if not (path / "config.yaml").is_file():
+        raise RunFolderError(
+            f"{path} is not the folder of a run: it has no config.yaml, but {_names(path)}. "
+            "Choose another run.name or run.folder."
+        )
+    try:
+        return load(schema, path / "config.yaml", environ={})
+    except ConfigError as e:
+        raise RunFolderError(f"The run in {path} was made by another version, or changed by hand: {e}") from None
+
+
+def _names(path: pathlib.Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "") if names else "nothing"
+
+
+def _flat(config: Any, path: str = "") -> dict[str, Any]:
+    if not dataclasses.is_dataclass(config):
+        return {path: config}
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        flat |= _flat(getattr(config, f.name), f"{path}.{f.name}" if path else f.name)
+    return flat

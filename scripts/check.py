@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.check import check
+
+raise SystemExit(call(check))

@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.train import train
+
+raise SystemExit(call(train))

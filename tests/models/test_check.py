@@ -1,0 +1,134 @@
+"""`check` passes what is right, and names what is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import revjax
+
+D = 16
+X = jax.random.normal(jax.random.key(0), (2, 8, D))
+
+
+class Good(nnx.Module):
+    dtype = None
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.linear(x))
+
+
+class LowPrecision(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(D, 4 * D, dtype=jnp.bfloat16, rngs=rngs)
+        self.down = nnx.Linear(4 * D, D, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.up(x)))
+
+
+class AddsItsInput(Good):
+    def __call__(self, x):
+        return x + jnp.tanh(self.linear(x))
+
+
+class HoldsRandomness(Good):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.linear(x))
+
+
+class Writes(Good):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.norm = nnx.BatchNorm(D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+class DrawsFromNumpy(Good):
+    def __call__(self, x):
+        return jnp.tanh(self.linear(x)) * np.random.rand()
+
+
+def count(_, calls=[0]):  # noqa: B006
+    calls[0] += 1
+    return np.float32(calls[0])
+
+
+class Counts(Good):
+    def __call__(self, x):
+        counted = jax.pure_callback(count, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(x)[0, 0, 0])
+        return jnp.tanh(self.linear(x)) + 1e-3 * counted
+
+
+@jax.custom_vjp
+def wrong_derivative(x):
+    return jnp.sin(x)
+
+
+wrong_derivative.defvjp(lambda x: (jnp.sin(x), x), lambda x, dy: (1.01 * dy * jnp.cos(x),))
+
+
+class WrongDerivative(Good):
+    def __call__(self, x):
+        return wrong_derivative(self.linear(x))
+
+
+def report_on(block, **options):
+    return revjax.check(revjax.ReversibleStack(block, num_layers=3, rngs=nnx.Rngs(0), **options), X)
+
+
+@pytest.mark.parametrize("coupling", [revjax.RevNet(), revjax.NearResidual(1)], ids=["revnet", "near-residual"])
+def test_a_good_block_passes(coupling):
+    report = report_on(Good, coupling=coupling)
+    assert report.ok and not report.notes
+    assert report.difference_error <= 1e-6 and report.gradient_error <= 1e-5
+    assert len(report.rows) == 3 and "exact; safe to train" in str(report)
+
+
+def test_low_precision_passes():
+    assert report_on(LowPrecision).ok
+
+
+@pytest.mark.parametrize(
+    "block, named",
+    [
+        (AddsItsInput, "AddsItsInput returns x . f.x., but a branch returns the increment"),
+        (HoldsRandomness, "HoldsRandomness draws random numbers from a stream that it holds"),
+        (Writes, "Writes changes its variables"),
+        (DrawsFromNumpy, "DrawsFromNumpy is not the same function twice"),
+        (Counts, "Counts is not the same function twice"),
+        (WrongDerivative, "differs from finite differences"),
+    ],
+)
+def test_a_broken_block_is_named(block, named):
+    report = report_on(block)
+    assert not report.ok and "do not train" in str(report)
+    assert any(__import__("re").search(named, fault) for fault in report.faults), report.faults
+
+
+def test_a_function_that_differs_in_the_backward_pass_is_seen_by_the_canary():
+    assert any("was not rebuilt to the bit" in fault for fault in report_on(Counts).faults)
+
+
+def test_a_whole_decoder_passes_with_its_dropout():
+    config = revjax.DecoderConfig(d_model=32, num_layers=2, num_heads=2, dropout=0.1, dtype="float32")
+    model = revjax.Decoder(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 256)
+    report = revjax.check(model, tokens, key=jax.random.key(1))
+    assert report.ok, report.faults
+    assert report.difference_error <= 1e-6
+
+
+def test_a_model_without_a_stack_is_an_error():
+    with pytest.raises(TypeError, match="Linear holds none"):
+        revjax.check(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), X)

@@ -1,0 +1,176 @@
+"""The decoder: right, causal, countable, deep."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import revjax
+from revjax.memory import activation_memory, checkpoint_loss, stored_loss
+from revjax.models import PRESETS, flops_per_token, num_params, summary
+
+TINY = revjax.DecoderConfig(vocab_size=50, d_model=32, num_layers=3, num_heads=4, num_kv_heads=2, dtype="float32")
+TOKENS = jax.random.randint(jax.random.key(0), (2, 24), 0, 50)
+VARIANTS = {
+    "rotary": TINY,
+    "learned": dataclasses.replace(TINY, positions="learned", norm="layer", use_bias=True, tie_embeddings=False),
+    "window": dataclasses.replace(TINY, window=5, qk_norm=True),
+    "block": dataclasses.replace(TINY, granularity="block", coupling="midpoint:0.5", gated=False, activation="gelu"),
+    "near-residual": dataclasses.replace(TINY, coupling="near-residual:1"),
+    "residual": dataclasses.replace(TINY, coupling="residual", exact=False),
+}
+
+
+def make(config, **options):
+    plan = "inputs" if config.coupling == "residual" else "nothing"
+    return revjax.Decoder(config, plan=plan, rngs=nnx.Rngs(0), **options)
+
+
+def mean_loss(model, tokens, **inputs):
+    return jnp.divide(*model.loss(tokens[:, :-1], tokens[:, 1:], **inputs))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_loss_is_that_of_the_logits(name):
+    model = make(VARIANTS[name])
+    expected = optax.softmax_cross_entropy_with_integer_labels(model(TOKENS[:, :-1]), TOKENS[:, 1:]).mean()
+    np.testing.assert_allclose(mean_loss(model, TOKENS), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_token_sees_a_later_one(name):
+    model = make(VARIANTS[name])
+    embed = lambda tokens: jax.nn.one_hot(tokens, 50)
+    seen = []
+    for t in (0, 11):
+        other = TOKENS.at[:, t + 1 :].set((TOKENS[:, t + 1 :] + 7) % 50)
+        seen.append(jnp.array_equal(model(TOKENS)[:, : t + 1], model(other)[:, : t + 1]))
+        assert not jnp.array_equal(model(TOKENS)[:, t + 1 :], model(other)[:, t + 1 :])
+    assert all(seen) and embed is not None
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_logits_equal_the_full_pass(name):
+    """On float streams; on integers a last bit of f may move an element by a step of the grid."""
+    config = dataclasses.replace(VARIANTS[name], exact=False)
+    model = make(config)
+    decode = jax.jit(lambda model, tokens, cache: model.decode(tokens, cache))
+    logits, cache = decode(model, TOKENS[:, :13], model.init_cache(2, 24))
+    parts = [logits]
+    for t in range(13, 24):
+        logits, cache = decode(model, TOKENS[:, t : t + 1], cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), model(TOKENS), atol=2e-5)
+    exact = make(VARIANTS[name])
+    logits, _ = decode(exact, TOKENS, exact.init_cache(2, 24))
+    np.testing.assert_allclose(logits, exact(TOKENS), atol=1e-3)
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = make(TINY)
+    segments = jnp.broadcast_to(jnp.arange(24) // 12, (2, 24))
+    positions = jnp.broadcast_to(jnp.arange(24) % 12, (2, 24))
+    x = lambda tokens, **inputs: model.hidden(tokens, **inputs)
+    packed = x(TOKENS, segment_ids=segments, positions=positions)
+    np.testing.assert_allclose(packed[:, 12:], x(TOKENS[:, 12:]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rotary", "block", "near-residual"])
+def test_gradients_of_the_whole_decoder_equal_the_stored_run(name):
+    """fp32, dropout and stochastic depth on: within 1e-6, relative, of the run that stores everything."""
+    config = dataclasses.replace(VARIANTS[name], dropout=0.1, stochastic_depth=0.1, attention_dropout=0.1)
+    loss = lambda model: mean_loss(model, TOKENS, key=jax.random.key(1))
+    grads = {}
+    for plan in ("nothing", "all"):
+        model = revjax.Decoder(config, plan=plan, rngs=nnx.Rngs(0))
+        (value, report), gradient = jax.jit(lambda model: revjax.value_and_grad(loss)(model))(model)
+        assert report.canary == 0 and report.unsafe == 0
+        grads[plan] = value, jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(gradient)])
+    assert grads["nothing"][0] == grads["all"][0]
+    assert jnp.linalg.norm(grads["nothing"][1] - grads["all"][1]) <= 1e-6 * jnp.linalg.norm(grads["all"][1])
+
+
+def test_the_rivals_are_the_same_network_as_the_ordinary_residual_coupling():
+    model = make(VARIANTS["residual"])
+    expected = mean_loss(model, TOKENS)
+    for rival in (checkpoint_loss, stored_loss):
+        np.testing.assert_allclose(rival(model, TOKENS[:, :-1], TOKENS[:, 1:]), expected, rtol=1e-6)
+
+
+def test_memory_of_the_whole_decoder_is_flat_in_depth_and_the_rivals_is_not():
+    config = dataclasses.replace(TINY, d_model=64, dtype="bfloat16")
+    shallow = activation_memory(dataclasses.replace(config, num_layers=8), 2, 128)
+    deep = activation_memory(dataclasses.replace(config, num_layers=64), 2, 128)
+    assert deep["reversible"] <= 1.02 * shallow["reversible"]
+    assert deep["checkpoint"] > 1.5 * shallow["checkpoint"]
+    assert deep["stored"] > 5 * shallow["stored"]
+
+
+def test_parameters_and_flops_are_counted():
+    model = make(TINY)
+    d, f, v, h, k = 32, TINY.mlp_width, 50, 32, 16
+    weights = 3 * (2 * d * h + 2 * d * k + 3 * d * f)
+    assert num_params(model) == v * d + weights + 3 * 2 * d + d
+    assert flops_per_token(TINY, 100) == 6 * (weights + v * d) + 12 * 3 * h * 50
+    assert f"{num_params(model):,}" in summary(model) and "4 heads of 8, 2 kv heads" in summary(model)
+
+
+def test_projections_into_the_stream_start_smaller_with_depth():
+    std = lambda n: float(make(dataclasses.replace(TINY, num_layers=n)).stack.runs[0][1].mlp.down.kernel[...].std())
+    assert abs(std(2) / std(32) - 4) < 0.4
+
+
+def test_96_layers_train():
+    config = dataclasses.replace(TINY, num_layers=96, num_kv_heads=None, dtype="bfloat16")
+    model = revjax.Decoder(config, rngs=nnx.Rngs(0))
+    optimizer = optax.adam(3e-3)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, state):
+        loss = lambda model: mean_loss(model, TOKENS)
+        (value, report), grads = revjax.value_and_grad(loss)(nnx.merge(graphdef, params, rest))
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value, report.canary + report.unsafe
+
+    state, values = optimizer.init(params), []
+    for _ in range(20):
+        params, state, value, trouble = step(params, state)
+        values.append(float(value))
+        assert trouble == 0
+    assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_without_allocating(name):
+    model = nnx.eval_shape(lambda: revjax.Decoder(revjax.preset(name), rngs=nnx.Rngs(0)))
+    assert num_params(model) > 1e6
+    if name == "decoder-1b":
+        assert 0.9e9 < num_params(model) < 1.2e9
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'decoder-tiny'"):
+        revjax.preset("decoder-tinny")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(num_heads=5), "num_heads must divide d_model.*Try num_heads=4"),
+        (dict(num_kv_heads=3), "num_kv_heads must divide num_heads.*Try num_kv_heads=2"),
+        (dict(window=0), "window must be at least 1"),
+        (dict(num_layers=0), "num_layers must be at least 1"),
+        (dict(dropout=1.0), "dropout must be at least 0 and below 1"),
+        (dict(num_heads=32, num_kv_heads=None), "head_dim must be even, but got 1"),
+        (dict(coupling="revnett"), "A coupling is one of"),
+        (dict(d_model=36, coupling="near-residual:1"), "must be a multiple of 8, but got 36"),
+    ],
+)
+def test_impossible_shapes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **wrong)

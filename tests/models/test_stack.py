@@ -1,0 +1,230 @@
+"""Any NNX block, in a reversible stack: exact, with the right gradient, and told when it cannot be."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import revjax
+from revjax.models import MutatedVariableError, stacks_of
+
+D = 16
+X = jax.random.normal(jax.random.key(0), (2, 8, D))
+
+
+class Convolution(nnx.Module):
+    """A block that revjax never heard of."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(D, D, kernel_size=(3,), rngs=rngs, dtype=jnp.bfloat16)
+
+    def __call__(self, x):
+        return nnx.gelu(self.conv(x))
+
+
+class StateSpace(nnx.Module):
+    """A diagonal state-space layer: h[t] = a h[t-1] + b x[t], y = c h (arXiv:2206.11893), by an inner scan."""
+
+    def __init__(self, rngs):
+        self.log_decay = nnx.Param(jax.random.uniform(rngs.params(), (D,)))
+        self.b = nnx.Linear(D, D, rngs=rngs)
+        self.c = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        decay = jnp.exp(-jnp.exp(self.log_decay[...]))[None]
+
+        def advance(h, u):
+            h = decay * h + u
+            return h, h
+
+        _, h_TBD = jax.lax.scan(advance, jnp.zeros_like(x[:, 0]), jnp.moveaxis(self.b(x), 1, 0))
+        return self.c(jnp.moveaxis(h_TBD, 0, 1))
+
+
+class Mixer(nnx.Module):
+    """Takes a key, a side input and a context."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x, *, key=None, scale=None, context=None):
+        y = self.linear(x if context is None else x + context)
+        y = y if scale is None else scale * y
+        return y if key is None else jnp.where(jax.random.bernoulli(key, 0.9, y.shape), y, 0)
+
+
+def loss_fn(model, x, **inputs):
+    return jnp.mean(model(x, **inputs) ** 2)
+
+
+def flat(tree):
+    return jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(tree)])
+
+
+def relative(a, b):
+    return float(jnp.linalg.norm(flat(a) - flat(b)) / jnp.linalg.norm(flat(b)))
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit, lambda f: jax.jit(jax.jit(f))], ids=["eager", "jit", "nested"])
+@pytest.mark.parametrize("block", [Convolution, StateSpace])
+def test_a_block_from_elsewhere_is_exact_however_it_is_compiled(block, compile):
+    stack = revjax.ReversibleStack(block, num_layers=6, rngs=nnx.Rngs(0))
+    (_, report), grads = compile(lambda stack: revjax.value_and_grad(loss_fn)(stack, X))(stack)
+    assert report.canary == 0 and report.unsafe == 0 and report.max_abs > 1
+    assert float(jnp.abs(flat(grads)).max()) > 0
+
+
+@pytest.mark.parametrize("block, tolerance", [(StateSpace, 1e-5), (Convolution, 2.0**-8)])  # fp32, bf16
+def test_gradients_equal_the_stored_run(block, tolerance):
+    grads = {}
+    for plan in ("nothing", "inputs:2", "all"):
+        stack = revjax.ReversibleStack(block, num_layers=6, plan=plan, rngs=nnx.Rngs(0))
+        grads[plan] = jax.jit(lambda stack: revjax.value_and_grad(loss_fn)(stack, X))(stack)
+    for plan in ("nothing", "inputs:2"):
+        assert grads[plan][0][0] == grads["all"][0][0]
+        assert relative(grads[plan][1], grads["all"][1]) <= tolerance
+
+
+def test_branches_and_periods_with_a_remainder():
+    stack = revjax.ReversibleStack(
+        [lambda rngs: [Convolution(rngs), Mixer(rngs)], StateSpace, StateSpace], num_layers=7, rngs=nnx.Rngs(0)
+    )
+    layers = ["Convolution", "Mixer"], ["StateSpace"], ["StateSpace"]
+    expected = [f"layer {i} {name}" for i in range(7) for name in layers[i % 3]]
+    assert stack.names == expected
+    assert stack.canary.shape == (len(expected), 3)
+    (_, report), _ = jax.jit(lambda stack: revjax.value_and_grad(loss_fn)(stack, X))(stack)
+    assert report.canary == 0
+
+
+def test_layers_run_in_the_order_of_their_names():
+    class Mark(nnx.Module):
+        def __init__(self, rngs, place):
+            self.place = nnx.Param(jnp.asarray(float(place)))
+
+        def __call__(self, x):
+            return jnp.zeros_like(x), {"aux": self.place[...]}
+
+    places = iter(range(100))
+    stack = revjax.ReversibleStack([lambda rngs: Mark(rngs, next(places))] * 2, num_layers=5, rngs=nnx.Rngs(0))
+    assert [a.tolist() for a in jax.tree.leaves(stack.scan(X).aux)] == [[0.0, 0.0], [1.0, 1.0], [2.0]]
+
+
+def test_every_layer_has_its_own_parameters_and_its_own_key():
+    stack = revjax.ReversibleStack(Mixer, num_layers=4, rngs=nnx.Rngs(0))
+    kernels = stack.runs[0][0].linear.kernel[...]
+    assert kernels.shape == (4, D, D) and not jnp.allclose(kernels[0], kernels[1])
+    assert not jnp.array_equal(stack(X, key=jax.random.key(1)), stack(X, key=jax.random.key(2)))
+    assert jnp.array_equal(stack(X, key=jax.random.key(1)), stack(X, key=jax.random.key(1)))
+
+
+def test_side_inputs_and_context_go_where_they_are_named():
+    stack = revjax.ReversibleStack(lambda rngs: [Mixer(rngs), Convolution(rngs)], num_layers=2, rngs=nnx.Rngs(0))
+    context = jnp.ones_like(X)
+    gradient = jax.grad(lambda context: stack(X, context=context, scale=jnp.asarray(0.5)).sum())(context)
+    assert jnp.abs(gradient).max() > 0
+    with pytest.raises(TypeError, match="No branch of this stack takes sclae.*Branches take: context, key, scale"):
+        stack(X, sclae=1.0)
+
+
+def test_a_gradient_is_taken_by_optax_and_by_nnx_optimizers():
+    stack = revjax.ReversibleStack(Mixer, num_layers=3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(stack, optax.adam(1e-2), wrt=nnx.Param)
+    losses = []
+    for _ in range(5):
+        ((loss, _), report), grads = revjax.value_and_grad(lambda m: (loss_fn(m, X), 0), has_aux=True)(stack)
+        optimizer.update(stack, grads)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] and report.canary == 0
+
+
+def test_bdia_is_an_ensemble_in_training_and_the_ordinary_network_in_evaluation():
+    stack = revjax.ReversibleStack(Mixer, num_layers=4, coupling=revjax.BDIA(), rngs=nnx.Rngs(0))
+    ordinary = revjax.ReversibleStack(Mixer, num_layers=4, coupling=revjax.Residual(), plan="all", rngs=nnx.Rngs(0))
+    nnx.update(ordinary, nnx.state(stack, nnx.Param))
+    assert jnp.array_equal(stack(X), ordinary(X))
+    (_, report), _ = revjax.value_and_grad(loss_fn)(stack, X, key=jax.random.key(0))
+    assert report.canary == 0
+    assert not jnp.array_equal(stack(X, key=jax.random.key(0)), stack(X, key=jax.random.key(1)))
+
+
+def test_the_canary_is_not_a_parameter():
+    stack = revjax.ReversibleStack(Mixer, num_layers=3, rngs=nnx.Rngs(0))
+    assert len(jax.tree.leaves(nnx.state(stack, nnx.Param))) == 2
+    _, grads = revjax.value_and_grad(loss_fn)(stack, X)
+    assert jax.tree.structure(grads) == jax.tree.structure(nnx.state(stack, nnx.Param))
+
+
+def test_overflow_names_the_layer_and_the_bits_to_set():
+    class Loud(Mixer):
+        def __call__(self, x):
+            return 1e4 * self.linear(x)
+
+    stack = revjax.ReversibleStack([Mixer, Loud], num_layers=4, rngs=nnx.Rngs(0))
+    (loss, report), _ = revjax.value_and_grad(loss_fn)(stack, 100 * X)
+    assert report.unsafe > 0 and jnp.isnan(loss)
+    assert "first in layer 1 Loud" in report.describe(stack) and "set fraction_bits=13" in report.describe(stack)
+    wider = revjax.ReversibleStack([Mixer, Loud], num_layers=2, fraction_bits=8, rngs=nnx.Rngs(0))
+    (loss, report), _ = revjax.value_and_grad(loss_fn)(wider, 10 * X)
+    assert report.unsafe == 0 and report.describe(wider) == ""
+
+
+def test_a_block_that_holds_randomness_is_refused_with_the_way_out():
+    class Dropped(Mixer):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.linear(x))
+
+    stack = revjax.ReversibleStack(Dropped, num_layers=2, rngs=nnx.Rngs(0))
+    with pytest.raises(MutatedVariableError, match="Dropped draws random numbers.*key=None"):
+        stack(X)
+
+
+def test_a_block_that_writes_to_a_variable_is_refused():
+    class Normed(Mixer):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.norm = nnx.BatchNorm(D, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    stack = revjax.ReversibleStack(Normed, num_layers=2, rngs=nnx.Rngs(0))
+    with pytest.raises(MutatedVariableError, match="Normed changes its variables.*norm.mean, norm.var"):
+        stack(X)
+
+
+def test_what_is_not_a_block_is_refused():
+    with pytest.raises(TypeError, match="must return an nnx.Module"):
+        revjax.ReversibleStack(lambda rngs: 3, num_layers=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="num_layers of at least 1"):
+        revjax.ReversibleStack(Mixer, num_layers=0, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="must be an nnx.Module, but got dict"):
+        revjax.value_and_grad(loss_fn)({}, X)
+
+
+def test_stacks_are_found_by_path():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.first = revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))
+            self.second = revjax.ReversibleStack(Mixer, num_layers=3, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    model = Model()
+    assert set(stacks_of(model)) == {"first", "second"}
+    (_, report), _ = revjax.value_and_grad(loss_fn)(model, X)
+    assert {path: a.shape for path, a in report.stacks.items()} == {"first": (2, 3), "second": (3, 3)}
+
+
+def test_exact_streams_have_no_reconstruction_error_and_float_streams_do():
+    x = 10 * jax.random.normal(jax.random.key(3), (2, 8, D))
+    stack = revjax.ReversibleStack(Convolution, num_layers=32, rngs=nnx.Rngs(0))
+    assert stack.reconstruction_error(x).shape == (32,) and stack.reconstruction_error(x).max() == 0
+    stack.exact = False
+    assert stack.reconstruction_error(x)[0] > 1e-4

@@ -1,0 +1,185 @@
+"""A run leaves what it says, goes on exactly where it was, and never writes into another run's folder."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from revjax import experiment
+from revjax.config import load
+from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
+from revjax.experiment import RunConfig
+from revjax.training import read_metrics
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(2000)))
+    return path
+
+
+def configure(text, folder, *settings) -> RunConfig:
+    basic = [
+        "--run.name=a",
+        f"--run.folder={folder}",
+        f"--data.source={text}",
+        "--data.sequence_length=32",
+        "--data.batch_size=4",
+        "--model.d_model=32",
+        "--model.num_layers=2",
+        "--model.num_heads=2",
+        "--model.coupling=bdia:1",  # draws from the step's key
+        "--training.steps=10",
+        "--training.eval_every=5",
+        "--training.eval_batches=2",
+        "--training.checkpoint_every=5",
+        "--training.sample_tokens=8",
+    ]
+    return load(RunConfig, (), [*basic, *settings], environ={})
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A finished run: its config, what `build` made, and its result."""
+    config = configure(text, tmp_path_factory.mktemp("runs"))
+    ready = experiment.build(config)
+    return config, ready, experiment.run(ready)
+
+
+def test_a_run_leaves_what_it_says(finished):
+    config, _, result = finished
+    folder = config.run.path
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "validation.jsonl", "checkpoints", "loss.png", "sample.txt"}
+    assert load(RunConfig, folder / "config.yaml", environ={}) == config
+    assert re.match(r"# revjax .*, jax .*, Python .*, cpu\n", (folder / "config.yaml").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    for key in ("loss", "bits_per_byte", "learning_rate", "grad_norm", "canary", "unsafe", "max_abs", "tokens_per_second"):
+        assert all(isinstance(line[key], int | float) for line in lines), key
+    assert {line["canary"] for line in lines} == {0} and {line["unsafe"] for line in lines} == {0}
+    assert [line["step"] for line in read_metrics(folder / "validation.jsonl")] == [0, 5, 10]
+    assert (folder / "sample.txt").read_text().startswith("def ") and result.sample.startswith("def ")
+    assert result.exit_code == 0 and "finished at step 10" in experiment.summarize(result)
+
+
+def test_ten_steps_are_five_and_five_to_the_bit(finished, tmp_path, text):
+    """The process dies in step 8; the same command starts again from the checkpoint of step 5."""
+    straight = finished[2].outcome.state
+    config = configure(text, tmp_path)
+    ready = dataclasses.replace(experiment.build(config), train_step=finished[1].train_step)
+
+    def dying(state, batch):
+        if int(state.step) == 7:
+            raise RuntimeError("power cut")
+        return ready.train_step(state, batch)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        experiment.run(dataclasses.replace(ready, train_step=dying))
+    again = experiment.build(config)
+    assert again.start_step == 5
+    resumed = experiment.run(again).outcome.state
+    assert all(map(np.array_equal, jax.tree.leaves(resumed), jax.tree.leaves(straight)))
+    losses = lambda c: [line["loss"] for line in read_metrics(c.run.path / "metrics.jsonl")]
+    assert losses(config) == losses(finished[0])
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+    config, ready, result = finished
+    before = (config.run.path / "metrics.jsonl").read_text()
+    again = dataclasses.replace(ready, state=result.outcome.state)  # what build returns, without compiling again
+    assert again.start_step == 10 and experiment.run(again).outcome.ended == "finished"
+    assert (config.run.path / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_in_the_same_folder_is_refused_by_field(finished, text):
+    folder = finished[0].run.folder
+    with pytest.raises(RunFolderError) as error:
+        experiment.build(configure(text, folder, "--optimizer.learning_rate=0.5", "--model.num_layers=3"))
+    message = str(error.value)
+    assert "model.num_layers was 2 and is now 3" in message and "optimizer.learning_rate was 0.001 and is now 0.5" in message
+    assert "--run.name=a-2" in message
+
+
+def test_a_folder_of_other_things_is_refused(text, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("")
+    with pytest.raises(RunFolderError, match="not the folder of a run: it has no config.yaml, but thesis.tex"):
+        experiment.build(configure(text, tmp_path))
+    with pytest.raises(RunFolderError, match="is a file, but a run needs a folder"):
+        experiment.build(configure(text, tmp_path / "a", "--run.name=thesis.tex"))
+
+
+def test_text_that_has_changed_is_refused_on_resume(finished, tmp_path, text):
+    other = tmp_path / text.name
+    other.write_text(text.read_text() * 2)
+    ready = finished[1]
+    rows = dataclasses.replace(ready.corpus, train=np.frombuffer(other.read_bytes(), np.uint8)).train
+    with pytest.raises(DataError, match="num_tokens was .* and is"):
+        experiment.build(configure(other, finished[0].run.folder, f"--data.source={_same_name(text, other)}"))
+    assert len(rows) > len(ready.corpus.train)
+
+
+def _same_name(text, other):
+    """Puts the new text where the old one was."""
+    text.write_text(other.read_text())
+    return text
+
+
+def test_a_crash_before_the_first_step_leaves_nothing(finished, tmp_path):
+    _, ready, _ = finished
+    config = dataclasses.replace(ready.config, run=experiment.FolderConfig(name="new", folder=str(tmp_path)))
+    fresh = experiment.build(dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1)))
+
+    def broken(state, batch):
+        raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError):
+        experiment.run(dataclasses.replace(fresh, train_step=broken))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_model_comes_back_and_continues_a_text(finished):
+    config, ready, result = finished
+    model = experiment.load_model(config.run.path)
+    state = result.outcome.state
+    same = jax.tree.map(np.array_equal, *(experiment.build.__globals__["split"](m)[1] for m in (model, ready.skeleton.merge(state.params))))
+    assert all(jax.tree.leaves(same))
+    options = experiment.SampleConfig(prompt="1 squared", max_new_tokens=5, temperature=0)
+    assert experiment.sample_text(model, options).startswith("1 squared")
+
+
+def test_a_model_that_is_not_there_is_an_error_in_words(finished, tmp_path):
+    parent = finished[0].run.path.parent
+    with pytest.raises(RunFolderError, match=r"There is no run in .*/b: the folder does not exist. .* has a\."):
+        experiment.load_model(parent / "b")
+    (tmp_path / "config.yaml").write_text((finished[0].run.path / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        experiment.load_model(tmp_path)
+    with pytest.raises(ConfigError, match="at least one token"):
+        experiment.sample_text(finished[1].skeleton.abstract, experiment.SampleConfig(prompt=""))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["--model.coupling=residual"], "memory.plan 'nothing' cannot rebuild"),
+        (["--model.positions=learned", "--model.max_length=16"], "Set --model.max_length=32"),
+        (["--model.vocab_size=64"], "sample_prompt 'def ': The prompt holds the token 102, but this model knows 0 to 63"),
+        (["--memory.plan=everything"], "A plan is 'nothing'"),
+        (["--run.name=a/b"], "without slashes"),
+    ],
+)
+def test_a_config_that_cannot_work_as_a_whole_is_refused(text, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        configure(text, tmp_path, *settings)
+
+
+def test_a_vocabulary_that_does_not_hold_the_text_is_refused(text, tmp_path):
+    with pytest.raises(DataError, match="has the byte 115.* Set --model.vocab_size=256"):
+        experiment.build(configure(text, tmp_path, "--model.vocab_size=110", "--training.sample_prompt=aa"))
+    assert list(tmp_path.iterdir()) == []
