@@ -1,7 +1,11 @@
 """Claims, measured beside their rivals in one run: exactness, memory, speed."""
 
-from .exactness import exactness_table as exactness_table
-from .memory import decoder_memory_table as decoder_memory_table
-from .memory import stack_memory_table as stack_memory_table
+from .exactness import EXACT_COUPLINGS as EXACT_COUPLINGS
+from .exactness import ExactnessConfig as ExactnessConfig
+from .exactness import exactness as exactness
+from .memory import MemoryConfig as MemoryConfig
+from .memory import memory as memory
 from .speed import SpeedConfig as SpeedConfig
-from .speed import speed_table as speed_table
+from .speed import speed as speed
+from .suites import SUITES as SUITES
+from .suites import run_suite as run_suite

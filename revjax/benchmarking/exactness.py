@@ -4,8 +4,8 @@ Branches are scaled until |x| reaches a few tens, dropout is on, and the compile
 errors that float streams show only after training show at once.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +13,72 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ..core import Linear, parse_coupling, reversible_scan
+from ..core import trace
 from ..models import Decoder, DecoderConfig, value_and_grad
-from ..models.stack import ReversibleStack
 
-EXACT_COUPLINGS = ("revnet", "midpoint:0.5", "leapfrog:0.5", "momentum:0.5", "momentum:0.25", "momentum:0.0625") + tuple(
-    f"{name}:{shift}" for name in ("near-residual", "bdia") for shift in (1, 2, 4)
-)
+EXACT_COUPLINGS = (
+    "revnet",
+    "midpoint:0.5",
+    "leapfrog:0.5",
+    "momentum:0.5",
+    "momentum:0.25",
+    "momentum:0.0625",
+) + tuple(f"{name}:{shift}" for name in ("near-residual", "bdia") for shift in (1, 2, 4))
 
 
-def exactness_table(
-    couplings=EXACT_COUPLINGS,
-    *,
-    num_layers: int,
-    d_model: int,
-    sequence_length: int,
-    batch_size: int,
-    steps: int = 1,
-    scale_to: float = 20.0,
-    learning_rate: float = 1e-4,
-) -> Iterator[dict[str, float | str]]:
-    """Yields for each coupling: rows rebuilt wrong and unsafe elements, summed over `steps` updates, and the largest |x|."""
-    for coupling in couplings:
-        config = DecoderConfig(
-            num_layers=num_layers,
-            d_model=d_model,
-            num_heads=d_model // 32,
-            dropout=0.1,
-            coupling=coupling,
-        )
-        model = Decoder(config, rngs=nnx.Rngs(0))
-        tokens = jax.random.randint(jax.random.key(1), (batch_size, sequence_length + 1), 0, 256)
-        model = scaled_until(model, tokens, scale_to)
-        yield {"coupling": coupling, "steps": steps} | _train(model, tokens, steps, learning_rate)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactnessConfig:
+    """One coupling at one shape. `drift` also asks float streams and unpinned ones, in the same table."""
+
+    coupling: str
+    num_layers: int
+    d_model: int
+    sequence_length: int
+    batch_size: int
+    steps: int = 1
+    drift: bool = True
+    dtype: str = "bfloat16"
+    scale_to: float = 20.0  # |x| that branches are scaled to reach
+    learning_rate: float = 1e-4
+
+
+def exactness(config: ExactnessConfig) -> dict[str, float | str]:
+    """Trains for `steps` updates and returns, over all of them, rows rebuilt wrong, unsafe elements, the largest |x|.
+
+    With `drift`, also how many rows come back wrong without pinning (one step), and how far float32 streams are
+    off when the whole stack is inverted, relative to the largest |x|.
+    """
+    decoder = DecoderConfig(
+        num_layers=config.num_layers,
+        d_model=config.d_model,
+        num_heads=config.d_model // 32,
+        dropout=0.1,
+        coupling=config.coupling,
+        dtype=config.dtype,  # pyright: ignore[reportArgumentType]
+    )
+    model = Decoder(decoder, rngs=nnx.Rngs(0))
+    shape = (config.batch_size, config.sequence_length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, decoder.vocab_size)
+    model = scaled_until(model, tokens, config.scale_to)
+    row = dataclasses.asdict(config) | _train(model, tokens, config.steps, config.learning_rate)
+    if config.drift:
+        key = jax.random.key(2)
+        with unpinned():
+            row["unpinned_rows_wrong"] = float(jax.jit(lambda m: _gradient(m, tokens, key)[0][1].canary)(model))
+        model.stack.exact = False
+        x = model.embedding.encode(tokens[:, :-1])
+        row["float_error"] = float(model.stack.reconstruction_error(x, key=key).max()) / row["max_abs"]
+    return row
+
+
+@contextlib.contextmanager
+def unpinned():
+    """For measuring what pinning is for: inside, f's are run as they are."""
+    pinned, trace.evaluate_pinned = trace.evaluate_pinned, trace.evaluate
+    try:
+        yield
+    finally:
+        trace.evaluate_pinned = pinned
 
 
 def scaled_until(model: Decoder, tokens: jax.Array, target: float) -> Decoder:
@@ -85,9 +118,10 @@ def _train(model: Decoder, tokens: jax.Array, steps: int, learning_rate: float) 
         seen.append([float(m) for m in metrics])
     loss, canary, unsafe, max_abs = np.array(seen).T
     return {
-        "rows_rebuilt_wrong": canary.sum(),
-        "unsafe": unsafe.sum(),
-        "max_abs": max_abs.max(),
-        "first_loss": loss[0],
-        "last_loss": loss[-1],
+        "rows_wrong_first_step": float(canary[0]),
+        "rows_wrong": float(canary.sum()),
+        "unsafe": float(unsafe.sum()),
+        "max_abs": float(max_abs.max()),
+        "first_loss": float(loss[0]),
+        "last_loss": float(loss[-1]),
     }

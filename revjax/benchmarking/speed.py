@@ -6,8 +6,9 @@ the ratio of FLOPs: reversing runs each layer's last product again, which `jax.c
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ class SpeedConfig:
     batch_size: int
     dtype: str
     coupling: str = "revnet"
+    pairs: int = 15
 
     def decoder(self) -> DecoderConfig:
         return DecoderConfig(
@@ -40,31 +42,27 @@ class SpeedConfig:
         )
 
 
-SHAPES = tuple(
-    SpeedConfig(num_layers=num_layers, d_model=d, sequence_length=t, batch_size=b, dtype=dtype)
-    for num_layers, d, t, b in ((24, 256, 512, 4), (12, 128, 8192, 1))
-    for dtype in ("bfloat16", "float32")
-)
+def speed(shape: SpeedConfig, *, seed: int = 0) -> dict[str, float | str]:
+    """Times one shape: median ratios of step time with their 95 % intervals, beside the ratio of FLOPs."""
+    config = shape.decoder()
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    tokens = jax.random.randint(
+        jax.random.key(seed), (shape.batch_size, shape.sequence_length + 1), 0, config.vocab_size
+    )
+    steps = {name: jax.jit(step) for name, step in _steps().items()}
+    run = {name: functools.partial(_finish, step, model, tokens) for name, step in steps.items()}
+    canary = float(run["reversible"]()[0][1].canary)
+    row = dataclasses.asdict(shape) | {"canary": canary, "flop_ratio": flop_ratio(config, shape.sequence_length)}
+    for rival in ("checkpoint", "stored"):
+        seconds, ratios = paired(run["reversible"], run[rival], shape.pairs)
+        low, high = interval(ratios, seed)
+        row |= {f"{rival}_s": seconds[1], "reversible_s": seconds[0]}
+        row |= {f"to_{rival}": float(np.median(ratios)), f"to_{rival}_low": low, f"to_{rival}_high": high}
+    return row
 
 
-def speed_table(shapes=SHAPES, *, pairs: int = 15, seed: int = 0) -> Iterator[dict[str, float | str]]:
-    """Yields a row for each shape: median ratios of step time with their intervals, beside FLOP ratios."""
-    for shape in shapes:
-        config = shape.decoder()
-        model = Decoder(config, rngs=nnx.Rngs(seed))
-        tokens = jax.random.randint(
-            jax.random.key(seed), (shape.batch_size, shape.sequence_length + 1), 0, config.vocab_size
-        )
-        steps = {name: jax.jit(step) for name, step in _steps().items()}
-        run = {name: (lambda step=step: jax.block_until_ready(step(model, tokens))) for name, step in steps.items()}
-        canary = float(run["reversible"]()[0][1].canary)
-        row = dataclasses.asdict(shape) | {"canary": canary, "flop_ratio": flop_ratio(config, shape.sequence_length)}
-        for rival in ("checkpoint", "stored"):
-            seconds, ratios = paired(run["reversible"], run[rival], pairs)
-            low, high = interval(ratios, seed)
-            row |= {f"{rival}_s": seconds[1], "reversible_s": seconds[0]}
-            row |= {f"to_{rival}": float(np.median(ratios)), f"to_{rival}_low": low, f"to_{rival}_high": high}
-        yield row
+def _finish(step, *args):
+    return jax.block_until_ready(step(*args))
 
 
 def _steps() -> dict[str, Callable]:
@@ -84,7 +82,8 @@ def _steps() -> dict[str, Callable]:
 
 def paired(a: Callable, b: Callable, pairs: int) -> tuple[tuple[float, float], np.ndarray]:
     """Median seconds of `a` and of `b`, and the ratio a / b of each pair; both are run once before."""
-    a(), b()
+    a()
+    b()
     times = np.empty((pairs, 2))
     for i in range(pairs):
         for j, f in ((0, a), (1, b)) if i % 2 == 0 else ((1, b), (0, a)):

@@ -1,5 +1,6 @@
 """The reversible core: couplings, plans, and the scan. Only jax is imported here."""
 
+from .chunks import by_tokens as by_tokens
 from .coupling import BDIA as BDIA
 from .coupling import AbstractCoupling as AbstractCoupling
 from .coupling import Leapfrog as Leapfrog

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import forward
+from .chunks import ChunkedFunction
 from .layers import Layers, by_f
 from .plan import All, Inputs, Nothing
 from .trace import Function, is_float
@@ -26,7 +27,7 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
     params, context, closures = diff
     dstreams, streams = cotangents["streams"], None
     dcontext, dclosures = _zeros(context, like=dstreams), _zeros(closures, like=dstreams)
-    dparams, dclosures, wrong = list(params), list(dclosures), [None] * len(params)
+    dparams, dclosures, wrong = list(params), list(dclosures), []
     for i in reversed(range(len(layers.keeps))):
         plan, replay = layers.keeps[i], not isinstance(layers.keeps[i], All)
         shared = layers.shared_inputs(i, diff, rest, replay=replay)
@@ -44,8 +45,8 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
         dstreams, dcontext, dclosure = dcarry
         dclosures[i] = (dclosures[i][0], dclosure) if replay else (dclosure, dclosures[i][1])
         dparams[i], wrong_of_fns = zip(*outs, strict=True)
-        wrong[i] = jnp.sum(by_f(wrong_of_fns).reshape(layers.num_fns(i), -1), axis=1)
-    return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong)
+        wrong.append(jnp.sum(by_f(wrong_of_fns).reshape(layers.num_fns(i), -1), axis=1))
+    return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong[::-1])
 
 
 def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_L):
@@ -53,17 +54,32 @@ def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_
 
     def invert(carry, inputs, daux, fn, closure):
         (q, q_next), dcarry = carry
-        args, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, inputs)
-        q_prev = layers.arithmetic.unstep(layers.coupling, q, q_next, fx, inputs["kept"], inputs["number"])
-        q_prev = layers.constrain(q_prev)
-        x_prev = layers.arithmetic.decode(q_prev)
-        step_vjp = forward.step_vjp(layers, x_prev, args[1], fx, inputs["number"])
-        dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux)
+        unstep = lambda fx: layers.constrain(
+            layers.arithmetic.unstep(layers.coupling, q, q_next, fx, inputs["kept"], inputs["number"])
+        )
+        if isinstance(fn, ChunkedFunction):
+            q_prev, dcarry, dparams = _invert_in_chunks(layers, fn, shared, closure, q, unstep, dcarry, inputs)
+        else:
+            args, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, inputs, vjp=True)
+            q_prev = unstep(fx)
+            x_prev = layers.arithmetic.decode(q_prev)
+            step_vjp = forward.step_vjp(layers, x_prev, args[1], fx, inputs["number"])
+            dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux)
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
     return _reverse_scan(
         layers, layers.replays[i], shared, invert, (streams, dcarry), (inputs_L, daux_L), layers.lengths[i]
     )
+
+
+def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, unstep, dcarry, inputs):
+    """f's cotangent does not depend on f's value, so each chunk is evaluated and transposed at once."""
+    x = jax.lax.optimization_barrier(layers.arithmetic.decode(q))
+    step_vjp = forward.step_vjp(layers, x, x, jnp.zeros(x.shape, fn.fn.fx_dtype), inputs["number"])
+    dx_prev, dx_step, dfx = step_vjp(dcarry[0][1])
+    fx, gradients = fn.evaluate_and_transpose(forward.arguments(shared, closure, x, inputs), dfx)
+    dcarry, dparams = _collect(layers, fn, dcarry, dx_prev, dx_step, gradients)
+    return unstep(jax.lax.optimization_barrier(fx)), dcarry, dparams
 
 
 def _read_run(layers: Layers, i: int, shared, dcarry, inputs_L, daux_L):
@@ -116,9 +132,14 @@ def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
 
 def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux):
     """Cotangents through one step and one f. Returns those of the streams and of what is shared, and dparams."""
-    (dx, dx_next), dcontext, dclosures = dcarry
-    dx_prev, dx_step, dfx = step_vjp(dx_next)
-    ((dparams, dx_f, dinputs, dclosure),) = fn.transpose(args, leaves, (dfx, daux))
+    dx_prev, dx_step, dfx = step_vjp(dcarry[0][1])
+    return _collect(layers, fn, dcarry, dx_prev, dx_step, fn.transpose(args, leaves, (dfx, daux)))
+
+
+def _collect(layers: Layers, fn: Function | ChunkedFunction, dcarry, dx_prev, dx_step, gradients):
+    """Adds the cotangents of one step and of its f to the carry."""
+    (dx, _), dcontext, dclosures = dcarry
+    ((dparams, dx_f, dinputs, dclosure),) = gradients
     dx = dx_step + dx_f if dx is None else dx + dx_step + dx_f
     if layers.coupling.order == 2:
         dstreams = (layers.constrain(dx_prev), layers.constrain(dx))

@@ -40,6 +40,7 @@ class AbstractCoupling(abc.ABC):
     """
 
     reversible: bool = True  # False: no inverse, so the plan must keep something
+    linear: bool = False  # forward is linear in (x[l-1], x[l], f): by_tokens needs that
     order: int = 2  # how many streams a step needs: 2, or 1 where x[l-1] is not used
 
     def numbers(self, num_fns: int, x: jax.Array) -> PyTree:
@@ -47,7 +48,7 @@ class AbstractCoupling(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def forward(self, x_prev, x, fx, n):
+    def forward(self, x_prev, x, fx, n) -> Any:
         """Returns x[l+1], in floats. The scan differentiates this."""
 
     def inverse(self, x, x_next, fx, n):
@@ -82,6 +83,7 @@ class Linear(AbstractCoupling):
     differentiated: a step size that is learned belongs into f's own parameters.
     """
 
+    linear = True
     sign: int | jax.Array = 1
     shift: int = 0
     h: Scalar = 1.0
@@ -153,6 +155,7 @@ def Leapfrog(step: float = 0.5) -> Linear:
 class FloatMomentum(AbstractCoupling):
     """Momentum with any beta, for float streams only."""
 
+    linear = True
     beta: float
 
     def forward(self, x_prev, x, fx, n):
@@ -196,6 +199,7 @@ class BDIA(AbstractCoupling):
       shift: kept bits for each element and f (1, 2, 4 or 8).
     """
 
+    linear = True
     key: jax.Array | None = None
     sample: jax.Array | None = None
     shift: int = 1
@@ -245,6 +249,7 @@ class Residual(AbstractCoupling):
     """The ordinary residual network, b = 0, h = 1. It has no inverse: plan 'inputs' (remat) or 'all' (store)."""
 
     reversible = False
+    linear = True
     order = 1
 
     def forward(self, x_prev, x, fx, n):

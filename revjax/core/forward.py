@@ -39,10 +39,11 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
             streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.lengths[i])
             start = None
         outs_of_runs.append(outs)
-        names = {Nothing: ("kept", "sum", "tape"), Inputs: ("end_sum", "tape"), All: ("vjp",)}[type(plan)]
-        kept.append({"outs": tuple({name: o[name] for name in names} for o in outs), "start": start})
-        if isinstance(plan, Nothing) and not any(isinstance(later, Nothing) for later in layers.keeps[i + 1 : i + 2]):
-            kept[-1]["end"] = streams
+        if keep:
+            names = {Nothing: ("kept", "sum", "tape"), Inputs: ("end_sum", "tape"), All: ("vjp",)}[type(plan)]
+            kept.append({"outs": tuple({name: o[name] for name in names} for o in outs), "start": start})
+            if isinstance(plan, Nothing) and not any(isinstance(k, Nothing) for k in layers.keeps[i + 1 : i + 2]):
+                kept[-1]["end"] = streams
 
     pick = lambda name: jnp.concatenate([by_f([o[name] for o in outs]) for outs in outs_of_runs])
     unsafe = pick("unsafe").at[0].add(broken)
@@ -82,7 +83,7 @@ def period(layers: Layers, fns: tuple[Function, ...], shared: dict, streams: PyT
 def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, inputs: dict, *, vjps: bool):
     """x[l+1] = x[l] + b (x[l-1] - x[l]) + h f(x[l])."""
     arithmetic, (q_prev, q), n = layers.arithmetic, streams, inputs["number"]
-    args, fx, aux, tape, cache, leaves = evaluate(layers, fn, shared, closure, q, inputs)
+    args, fx, aux, tape, cache, leaves = evaluate(layers, fn, shared, closure, q, inputs, vjp=vjps)
     q_next, kept, unsafe = arithmetic.step(layers.coupling, q_prev, q, fx, n)
     q_next = layers.constrain(q_next)
     out = {
@@ -102,11 +103,11 @@ def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, i
     return (q if layers.coupling.order == 2 else None, q_next), out
 
 
-def evaluate(layers: Layers, fn: Function, shared: dict, closure, q, inputs: dict):
+def evaluate(layers: Layers, fn: Function, shared: dict, closure, q, inputs: dict, *, vjp: bool):
     """Runs f at a stream, the same way in both passes; the barriers keep its neighbours from being fused into it."""
     x = jax.lax.optimization_barrier(layers.arithmetic.decode(q))
     args = arguments(shared, closure, x, inputs)
-    ((fx, aux), (tape, cache)), leaves = fn(args)
+    ((fx, aux), (tape, cache)), leaves = fn(args) if vjp else (fn.primal(args), None)
     return args, jax.lax.optimization_barrier(fx), aux, tape, cache, leaves
 
 

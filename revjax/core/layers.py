@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .chunks import ChunkedFunction
 from .coupling import AbstractCoupling
 from .plan import Inputs, Keep
 from .streams import Exact, Float
@@ -35,14 +36,14 @@ class Run:
       length: the number of repeats; needed only where no array tells.
     """
 
-    fns: Callable | tuple[Callable, ...]
+    fns: Any
     params_L: PyTree
     side_L: PyTree = None
     cache_L: PyTree = None
-    length: int | None = None
+    length: Any = None
 
     def __post_init__(self):
-        if callable(self.fns):
+        if not isinstance(self.fns, tuple | list):
             for name in ("fns", "params_L", "side_L", "cache_L"):
                 object.__setattr__(self, name, (getattr(self, name),))
         object.__setattr__(self, "fns", tuple(self.fns))
@@ -135,6 +136,10 @@ class Layers:
                 )
                 inputs = given(side=side, shared=shared, context=context, cache=cache)
                 inputs = jax.tree.map(jax.typeof, inputs)
+                if hasattr(f, "chunking"):
+                    period.append(_trace_chunk(f, params, stream, inputs, coupling))
+                    replay.append(period[-1])
+                    continue
                 period.append(trace(f, params, stream, inputs))
                 tape = period[-1].tape_shape
                 replay.append(trace(f, params, stream, inputs | {"tape": tape}) if tape is not None else period[-1])
@@ -145,7 +150,7 @@ class Layers:
         )
 
     @functools.cached_property
-    def place(self) -> dict[Function, int]:
+    def place(self) -> dict[Any, int]:
         """Where in its period a program stands."""
         return {fn: j for periods in (self.fns, self.replays) for period in periods for j, fn in enumerate(period)}
 
@@ -173,6 +178,19 @@ class Layers:
         """What the functions closed over: for each run, of each f as it is first run and as it is replayed."""
         of = lambda periods: tuple(tuple(fn.closure for fn in period) for period in periods)
         return tuple(zip(of(self.fns), of(self.replays), strict=True))
+
+
+def _trace_chunk(f, params, x, inputs, coupling: AbstractCoupling) -> ChunkedFunction:
+    if not coupling.linear:
+        raise ValueError(f"by_tokens needs a coupling that is linear in f, but {type(coupling).__name__} is not.")
+    if len(x.shape) < 3:
+        raise ValueError(f"by_tokens cuts x (B, T, ..., D) along T, but x has the shape {x.shape}.")
+    num = f.chunking.num_chunks(x.shape[1])
+    chunk = jax.eval_shape(lambda x: x[:, : x.shape[1] // num], x)
+    fn = trace(f, params, chunk, inputs)
+    if fn.has_extras:
+        raise ValueError("A function under by_tokens may return fx only, without extras (aux, tape, cache).")
+    return ChunkedFunction(fn, f.chunking, num)
 
 
 def given(**inputs: PyTree) -> dict[str, PyTree]:

@@ -55,7 +55,7 @@ def parse(keep: str | Keep) -> Keep:
 
 def for_runs(plan: Plan, num_runs: int) -> tuple[Keep, ...]:
     """One answer to "what is kept" for each run."""
-    if isinstance(plan, (str, Keep)):
+    if isinstance(plan, str | Nothing | Inputs | All):
         return (parse(plan),) * num_runs
     keeps = tuple(parse(keep) for keep in plan)
     if len(keeps) != num_runs:

@@ -62,7 +62,7 @@ def _back(layers: Layers, diff, streams, rest, left):
             for fn, closure, given in reversed(list(zip(layers.replays[i], shared["closures"], inputs, strict=True))):
                 q, q_next = streams
                 # As in training, f is run with its gradient, so that it is compiled in the same company.
-                _, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, given)
+                _, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, given, vjp=True)
                 fx, _ = jax.lax.optimization_barrier((fx, leaves))
                 q_prev = layers.arithmetic.unstep(layers.coupling, q, q_next, fx, given["kept"], given["number"])
                 decode = layers.arithmetic.decode

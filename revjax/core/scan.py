@@ -130,7 +130,9 @@ def reversible_scan(
     canary = vary_alike(canary, like=streams)
     if problem.has_cache:
         diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
-        return _result(forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem.run_of_piece)
+        return _result(
+            forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem.run_of_piece
+        )
 
     @jax.custom_vjp
     def core(diff, streams, rest, canary):

@@ -11,6 +11,7 @@ This file knows nothing of the recurrence: a coupling says what is added to what
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Exact:
     def encode(self, x):
         return self.grid.encode(x)
 
-    def decode(self, q):
+    def decode(self, q) -> Any:
         return None if q is None else self.grid.decode(q)
 
     def step(self, coupling, q_prev, q, fx, n):
@@ -87,7 +88,7 @@ class Float:
     def encode(self, x):
         return x
 
-    def decode(self, x):
+    def decode(self, x) -> Any:
         return x
 
     def step(self, coupling, x_prev, x, fx, n):

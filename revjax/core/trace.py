@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 
 from .pin import evaluate, evaluate_pinned
@@ -30,15 +31,23 @@ class Function:
       num_out: how many of the program's results are not leaves of the vjp.
       forwarded: for each leaf of the vjp, which input of the program it is, or None.
       tape_shape: what f asks to be called with again (shapes), or None.
+      fx_dtype: of the increment (None where that is a pytree).
+      has_extras: f returned something beside the increment.
     """
 
     program: ClosedJaxpr
-    closure: list[jax.Array]
+    closure: list[Any]
     num_out: int
     out_tree: Any
     vjp_tree: Any
     forwarded: tuple[int | None, ...]
     tape_shape: PyTree
+    fx_dtype: Any
+    has_extras: bool
+
+    def primal(self, args: PyTree) -> PyTree:
+        """Returns ((fx, aux), (tape, cache))."""
+        return self(args)[0]
 
     def __call__(self, args: PyTree) -> tuple[PyTree, list[jax.Array]]:
         """Returns ((fx, aux), (tape, cache)) and the new leaves of its vjp."""
@@ -71,8 +80,8 @@ def trace(f: Callable, params: PyTree, x: jax.ShapeDtypeStruct, inputs: dict[str
 
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     _check_increment(f, shape[0][0], x)
-    closure = [c for c in closed.consts if isinstance(c, jax.core.Tracer)]
-    slots = {i: n for n, i in enumerate(i for i, c in enumerate(closed.consts) if isinstance(c, jax.core.Tracer))}
+    closure = [c for c in closed.consts if isinstance(c, Tracer)]
+    slots = {i: n for n, i in enumerate(i for i, c in enumerate(closed.consts) if isinstance(c, Tracer))}
 
     def run(params, x, inputs, closure):
         consts = [closure[slots[i]] if i in slots else c for i, c in enumerate(closed.consts)]
@@ -98,7 +107,11 @@ def trace(f: Callable, params: PyTree, x: jax.ShapeDtypeStruct, inputs: dict[str
     place = {v: i for i, v in enumerate(program.jaxpr.invars) if i != len(jax.tree.leaves(params))}
     n = trees["num_out"]
     forwarded = tuple(None if isinstance(v, Literal) else place.get(v) for v in program.jaxpr.outvars[n:])
-    return Function(program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0])
+    extras = bool(jax.tree.leaves((shape[0][1], shape[1])))
+    fx_dtype = getattr(shape[0][0], "dtype", None)
+    return Function(
+        program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0], fx_dtype=fx_dtype, has_extras=extras
+    )
 
 
 def split(args: PyTree) -> tuple[PyTree, PyTree]:

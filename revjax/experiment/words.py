@@ -53,7 +53,7 @@ def summarize(result: Result) -> str:
     skipped = int(outcome.state.skipped)
     lines = {
         "run": ended + (f", {skipped} updates left out" if skipped else ""),
-        "time": f"{result.seconds:.0f} s",
+        "training": f"{result.seconds:.0f} s",
         "held out": _first_to_last(held_out),
         "results": f"{folder}/: checkpoints/, metrics.jsonl, validation.jsonl, loss.png"
         + (", sample.txt" if result.sample else ""),

@@ -17,7 +17,9 @@ def temp_bytes(f: Callable, *args) -> int:
 
     `args` may be abstract (jax.ShapeDtypeStruct), so nothing is allocated.
     """
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    analysis = jax.jit(f).lower(*args).compile().memory_analysis()
+    assert analysis is not None, "XLA tells no memory on this backend"
+    return analysis.temp_size_in_bytes
 
 
 def activation_memory(

@@ -67,12 +67,13 @@ class DecoderConfig:
     exact: bool = True  # integer streams
     fraction_bits: int = 16
     loss_tile: int = 1024  # tokens that have logits at one time
+    mlp_chunk: int | None = None  # tokens of each row that have a hidden layer of the MLP at one time; null is all
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "max_length", "loss_tile"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}.")
-        for name in ("num_kv_heads", "head_dim", "d_ff", "window"):
+        for name in ("num_kv_heads", "head_dim", "d_ff", "window", "mlp_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or null for its default, but got {value}.")
@@ -87,7 +88,8 @@ class DecoderConfig:
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 "num_kv_heads must divide num_heads, but got "
-                f"num_kv_heads={self.kv_heads} and num_heads={self.num_heads}. Try num_kv_heads={_divisor_near(self.num_heads, self.kv_heads)}."
+                f"num_kv_heads={self.kv_heads} and num_heads={self.num_heads}. "
+                f"Try num_kv_heads={_divisor_near(self.num_heads, self.kv_heads)}."
             )
         if self.positions == "rotary" and self.head_size % 2:
             raise ValueError(f"Rotary positions pair up channels, so head_dim must be even, but got {self.head_size}.")
@@ -135,7 +137,7 @@ class AttentionBranch(nnx.Module):
         )
         self.dropout, self.stochastic_depth = config.dropout, config.stochastic_depth
 
-    def __call__(self, x_BTD, *, key=None, positions=None, segment_ids=None, cache=None):
+    def __call__(self, x_BTD, *, key=None, positions=None, segment_ids=None, cache=None) -> Any:
         inside, outside = _two_keys(key)
         y_BTD = self.attention(self.norm(x_BTD), positions=positions, segment_ids=segment_ids, cache=cache, key=inside)
         y_BTD, *extras = y_BTD if cache is not None else (y_BTD,)
@@ -159,6 +161,7 @@ class MLPBranch(nnx.Module):
             rngs=rngs,
         )
         self.dropout, self.stochastic_depth = config.dropout, config.stochastic_depth
+        self.chunk_tokens = config.mlp_chunk
 
     def __call__(self, x_BTD, *, key=None):
         return _drop(self.mlp(self.norm(x_BTD)), self.dropout, self.stochastic_depth, key)
@@ -171,7 +174,7 @@ class Block(nnx.Module):
         self.attention = AttentionBranch(config, rngs=rngs)
         self.mlp = MLPBranch(config, rngs=rngs)
 
-    def __call__(self, x_BTD, *, key=None, positions=None, segment_ids=None, cache=None):
+    def __call__(self, x_BTD, *, key=None, positions=None, segment_ids=None, cache=None) -> Any:
         first, second = _two_keys(key)
         a_BTD = self.attention(x_BTD, key=first, positions=positions, segment_ids=segment_ids, cache=cache)
         a_BTD, *extras = a_BTD if cache is not None else (a_BTD,)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..core import AbstractCoupling, RevNet, Run, ScanResult, reconstruction_error, reversible_scan
+from ..core import AbstractCoupling, RevNet, Run, ScanResult, by_tokens, reconstruction_error, reversible_scan
 from ..core.plan import Plan
 
 PyTree = Any
@@ -36,7 +36,8 @@ class ReversibleStack(nnx.Module):
 
     Called as `stack(x, key=key, context=..., **side)`, it returns the mean of the last two streams, in
     float32 (the dtype of x where `exact` is False). A branch gets those keywords that its `__call__` names:
-    `key` (its own for each layer), `context` (differentiated), and any others, which are not.
+    `key` (its own for each layer), `context` (differentiated), and any others, which are not. A branch that treats
+    each token alone and has an attribute `chunk_tokens` is run in chunks of that many.
 
     Args:
       make_block: `make_block(rngs)` returns a block, or a list of residual branches. A list of such
@@ -208,7 +209,13 @@ def branch_function(branch: nnx.Module) -> tuple[Callable, PyTree, PyTree]:
         return increment
 
     f.__name__ = type(branch).__name__
-    return f, params_L, state_L
+    chunk = getattr(branch, "chunk_tokens", None)
+    return by_tokens(f, chunk, _side_of_chunk) if chunk else f, params_L, state_L
+
+
+def _side_of_chunk(side, i):
+    state, key = side
+    return state, None if key is None else jax.random.fold_in(key, i)
 
 
 def _keywords(branch: nnx.Module) -> set[Any]:

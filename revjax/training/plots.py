@@ -32,10 +32,10 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
         axes.plot(steps, smooth(losses), color=_DARK, linewidth=1.6, label="training, running mean")
     if held_out:
         x, y = ([line[k] for line in held_out] for k in ("step", "bits_per_byte"))
-        axes.plot(
-            x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, clip_on=False, zorder=3, label="held-out text"
+        axes.plot(x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, label="held-out text")
+        last = axes.annotate(
+            f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), "data", "offset points", ha="right", color=_HELD_OUT
         )
-        last = axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), "data", "offset points", ha="right", color=_HELD_OUT)
         last.set_in_layout(False)
     lowest = min([*losses, *(line["bits_per_byte"] for line in held_out)])
     # The first steps are far above all that follows: leave them out of the frame rather than flatten the rest.
@@ -43,7 +43,7 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
     highest = max([highest, *(line["bits_per_byte"] for line in held_out[-1:])])
     margin = 0.08 * max(highest - lowest, 0.1)
     axes.set_ylim(lowest - margin, highest + margin)
-    axes.set_xlim(0, steps[-1])
+    axes.set_xlim(0, 1.01 * steps[-1])  # the last point stands inside
     axes.set(xlabel="step", ylabel="loss in bits per byte")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(color="#e8e8e8", linewidth=0.6)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from revjax.core import Run, pin, reversible_scan
+from revjax.benchmarking.exactness import unpinned
+from revjax.core import NearResidual, Run, pin, reversible_scan
 
 B, T, N, D, F = 4, 512, 4, 256, 768
 
@@ -58,3 +59,29 @@ def test_custom_derivatives_survive_in_the_scan():
     run = lambda w, x: reversible_scan(Run(f, w), x).last.sum()
     x = jnp.array([[0.0, 1.2, -1.0]])
     assert jax.grad(run, 1)(jnp.ones((1, 1, 1)), x).tolist() == [[1.0, 4.0, 1.0]]
+
+
+def test_the_order_of_a_sum_does_not_depend_on_what_stands_beside_it():
+    """fp32 sums of rows of 32, as in RMSNorm: unpinned, XLA adds in another order beside a gradient."""
+    w_L = jax.random.normal(jax.random.key(1), (2, 6, 32, 32)) / 32**0.5
+    x = jax.random.normal(jax.random.key(0), (2, 24, 32))
+
+    def num_wrong(scale):
+        f = lambda w, x: (x * jax.lax.rsqrt(scale(x)[..., None] / 32 + 1e-6)) @ w
+        run = Run((f, f), (w_L[0], w_L[1]))
+        loss = lambda c: jnp.mean(reversible_scan(run, x, coupling=NearResidual(1), canary=c).mean ** 2)
+        return jax.jit(jax.grad(loss))(jnp.zeros((12, 3)))[:, 0].sum()
+
+    assert num_wrong(lambda x: jnp.sum(x * x, -1)) == 0
+    assert num_wrong(lambda x: jnp.einsum("btd,btd->bt", x, x)) == 0
+    with unpinned():
+        assert num_wrong(lambda x: jnp.sum(x * x, -1)) > 0  # the twin: this test can fail
+
+
+def test_a_pinned_sum_is_the_sum():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    for axis in (0, 1, (0, 2), None):
+        assert jnp.allclose(pin(lambda x, axis=axis: jnp.sum(x, axis))(x), jnp.sum(x, axis), atol=1e-5)
+    dot = lambda a, b: jnp.einsum("abc,cab->a", a, b)
+    assert jnp.allclose(pin(dot)(x, x.transpose(2, 0, 1)), dot(x, x.transpose(2, 0, 1)), atol=1e-5)
+    assert pin(lambda x: jnp.sum(x, 0))(jnp.zeros((0, 3))).tolist() == [0.0, 0.0, 0.0]

@@ -52,7 +52,9 @@ def test_one_token_needs_no_loop(model):
 
 
 def test_the_key_decides_and_top_k_1_is_greedy(model):
-    draw = lambda seed, **options: generate(model, PROMPT, max_new_tokens=8, key=jax.random.key(seed), **options).tolist()
+    draw = lambda seed, **options: generate(
+        model, PROMPT, max_new_tokens=8, key=jax.random.key(seed), **options
+    ).tolist()
     assert draw(0) == draw(0) and draw(0) != draw(1)
     assert draw(0, top_k=1) == draw(1, temperature=0)
 

@@ -138,7 +138,7 @@ def test_96_layers_train():
         return optax.apply_updates(params, updates), state, value, report.canary + report.unsafe
 
     state, values = optimizer.init(params), []
-    for _ in range(20):
+    for _ in range(40):
         params, state, value, trouble = step(params, state)
         values.append(float(value))
         assert trouble == 0
@@ -168,7 +168,7 @@ def test_an_unknown_preset_names_the_nearest():
         (dict(dropout=1.0), "dropout must be at least 0 and below 1"),
         (dict(num_heads=32, num_kv_heads=None), "head_dim must be even, but got 1"),
         (dict(coupling="revnett"), "A coupling is one of"),
-        (dict(d_model=36, coupling="near-residual:1"), "must be a multiple of 8, but got 36"),
+        (dict(d_model=36, num_heads=2, coupling="near-residual:1"), "must be a multiple of 8, but got 36"),
     ],
 )
 def test_impossible_shapes_are_refused(wrong, message):

@@ -66,7 +66,9 @@ def relative(a, b):
     return float(jnp.linalg.norm(flat(a) - flat(b)) / jnp.linalg.norm(flat(b)))
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit, lambda f: jax.jit(jax.jit(f))], ids=["eager", "jit", "nested"])
+@pytest.mark.parametrize(
+    "compile", [lambda f: f, jax.jit, lambda f: jax.jit(jax.jit(f))], ids=["eager", "jit", "nested"]
+)
 @pytest.mark.parametrize("block", [Convolution, StateSpace])
 def test_a_block_from_elsewhere_is_exact_however_it_is_compiled(block, compile):
     stack = revjax.ReversibleStack(block, num_layers=6, rngs=nnx.Rngs(0))

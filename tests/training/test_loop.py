@@ -50,7 +50,9 @@ def loss(model, rows, key):
 def parts():
     skeleton, params = split(ReversibleStack(Branch, num_layers=2, rngs=nnx.Rngs(0)))
     optimizer = optax.adam(1e-2)
-    steps = {how: jax.jit(make_train_step(skeleton, loss, optimizer, on_trouble=how)) for how in ("warn", "skip", "stop")}
+    steps = {
+        how: jax.jit(make_train_step(skeleton, loss, optimizer, on_trouble=how)) for how in ("warn", "skip", "stop")
+    }
     return skeleton, steps, init_state(params, optimizer, jax.random.key(0))
 
 
@@ -111,7 +113,9 @@ def interrupt(at, how):
 
 
 def same_bits(a, b):
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 def test_every_step_has_a_line_and_evaluations_have_their_own(tmp_path, parts):

@@ -1,0 +1,61 @@
+"""The claims of the README as lists of measurements, whose rows are written as they come and never measured twice."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
+from .memory import MemoryConfig, memory
+from .speed import SpeedConfig, speed
+
+_LONG: dict[str, Any] = dict(num_layers=96, d_model=128, sequence_length=128, batch_size=1)
+_WIDE: dict[str, Any] = dict(num_layers=24, d_model=256, sequence_length=512, batch_size=4)
+
+SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
+    "exactness": (
+        exactness,
+        [ExactnessConfig(coupling=c, **_WIDE) for c in EXACT_COUPLINGS]
+        + [ExactnessConfig(coupling=c, steps=200, **_LONG) for c in EXACT_COUPLINGS]
+        + [ExactnessConfig(coupling=c, steps=200, drift=False, **_WIDE) for c in ("revnet", "near-residual:1")]
+        + [ExactnessConfig(coupling=c, dtype="float32", **_LONG) for c in ("revnet", "near-residual:1", "bdia:1")],
+    ),
+    "memory": (
+        memory,
+        [
+            MemoryConfig(num_layers=n, d_model=256, sequence_length=512, batch_size=4, stack_only=True)
+            for n in (12, 48, 96, 384)
+        ]
+        + [
+            MemoryConfig(num_layers=n, d_model=512, sequence_length=2048, batch_size=1, vocab_size=32_000)
+            for n in (12, 48)
+        ],
+    ),
+    "speed": (
+        speed,
+        [SpeedConfig(dtype=dtype, **_WIDE) for dtype in ("bfloat16", "float32")]
+        + [
+            SpeedConfig(num_layers=12, d_model=128, sequence_length=8192, batch_size=1, dtype=dtype, pairs=9)
+            for dtype in ("bfloat16", "float32")
+        ],
+    ),
+}
+
+
+def run_suite(name: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yields every row of a suite; those already in `folder`/NAME.jsonl under this jax are read, not measured."""
+    measure, configs = SUITES[name]
+    path = folder / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for config in configs:
+        wanted = {"jax": jax.__version__, "backend": jax.default_backend()} | dataclasses.asdict(config)
+        row = next((row for row in rows if wanted.items() <= row.items()), None)
+        if row is None:
+            row = wanted | measure(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        yield row

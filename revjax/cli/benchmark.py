@@ -1,0 +1,28 @@
+"""`revjax benchmark SUITE [--folder runs/benchmarks]`."""
+
+import json
+import pathlib
+
+from ..benchmarking import SUITES, run_suite
+from ..errors import ConfigError, nearest
+from .words import leading_names, one_name, take
+
+USAGE = f"revjax benchmark {'|'.join(SUITES)} [--folder=runs/benchmarks]"
+
+
+def benchmark(argv: list[str]) -> int:
+    """Prints a line of JSON for each measurement of a suite; an interrupted suite goes on where it was."""
+    names, settings = leading_names(argv)
+    if take(settings, "-h", "--help"):
+        print(f"usage: {USAGE}\n\nRows are kept in FOLDER/SUITE.jsonl and not measured again.")
+        return 0
+    name = one_name(names, USAGE)
+    if name not in SUITES:
+        raise ConfigError(f"There is no suite {name!r}.{nearest(name, SUITES)} Write: {USAGE}")
+    unknown = [word for word in settings if not word.startswith("--folder=")]
+    if unknown:
+        raise ConfigError(f"Unexpected {unknown[0]!r}. Write: {USAGE}")
+    folder = settings[-1].removeprefix("--folder=") if settings else "runs/benchmarks"
+    for row in run_suite(name, pathlib.Path(folder)):
+        print(json.dumps(row), flush=True)
+    return 0

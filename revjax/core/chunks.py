@@ -1,0 +1,135 @@
+"""Functions that treat each token alone (an MLP), run in chunks of tokens so that one chunk's hidden layer exists.
+
+    f(x)[:, t] depends on x[:, t] only        x (B, T, ..., D), cut along T
+
+The backward pass knows df before it runs f (the recurrence is linear in f), so one loop evaluates a chunk
+and transposes it at once: memory of one chunk, and no product done twice. Under plans that store, or
+recompute several layers, every chunk's activations are kept until they are needed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .trace import Function, split
+from .varying import vary_alike
+
+PyTree = Any
+
+
+def by_tokens(f: Callable, chunk_tokens: int, side_of_chunk: Callable | None = None) -> Callable:
+    """Marks a residual function for being run in chunks of at most `chunk_tokens` along axis 1 of x.
+
+    Args:
+      f: treats each token alone; it may return no extras (aux, tape, cache).
+      chunk_tokens: the largest divisor of T up to this is the chunk.
+      side_of_chunk: `(side, i) -> side` of chunk i: for PRNG keys, which must differ between chunks.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, but got {chunk_tokens}.")
+
+    def marked(*args, **kwargs):
+        return f(*args, **kwargs)
+
+    marked.__name__ = getattr(f, "__name__", type(f).__name__)
+    marked.chunking = Chunking(chunk_tokens, side_of_chunk or (lambda side, i: side))
+    return marked
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+    """How `by_tokens` asked for a function to be run."""
+
+    chunk_tokens: int
+    side_of_chunk: Callable
+
+    def num_chunks(self, num_tokens: int) -> int:
+        return next(n for n in range(1, num_tokens + 1) if num_tokens % n == 0 and num_tokens // n <= self.chunk_tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChunkedFunction:
+    """A `Function` of one chunk, applied to all of them."""
+
+    fn: Function
+    chunking: Chunking
+    num: int
+
+    @property
+    def closure(self):
+        return self.fn.closure
+
+    @property
+    def tape_shape(self):
+        return None
+
+    def primal(self, args: PyTree) -> PyTree:
+        _, fx = jax.lax.scan(
+            lambda _, xs: (None, self.fn.primal(self._chunk(args, *xs))[0][0]), None, self._chunks(args)
+        )
+        return (self._join(fx), None), (None, None)
+
+    def __call__(self, args: PyTree) -> tuple[PyTree, list[jax.Array]]:
+        def one(_, xs):
+            ((fx, _), _), leaves = self.fn(self._chunk(args, *xs))
+            return None, (fx, leaves)
+
+        _, (fx, leaves) = jax.lax.scan(one, None, self._chunks(args))
+        return ((self._join(fx), None), (None, None)), leaves
+
+    def transpose(self, args: PyTree, leaves: list[jax.Array], cotangents: PyTree) -> PyTree:
+        def one(total, xs):
+            i, dfx, leaves = xs
+            chunk = self._chunk(args, args[1], i)  # x is among the leaves
+            return self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
+
+        return self._sum(one, args, (jnp.arange(self.num), self._split(cotangents[0]), leaves))
+
+    def evaluate_and_transpose(self, args: PyTree, dfx: jax.Array) -> tuple[jax.Array, PyTree]:
+        """Returns f(x) and the gradients, holding the activations of one chunk at a time."""
+
+        def one(total, xs):
+            x, i, dfx = xs
+            chunk = self._chunk(args, x, i)
+            ((fx, _), _), leaves = self.fn(chunk)
+            total, dx = self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
+            return total, (fx, dx)
+
+        total, (fx, dx) = jax.lax.scan(one, self._zeros(args), (*self._chunks(args), self._split(dfx)))
+        return self._join(fx), self._gradients(total, dx)
+
+    def _sum(self, one, args, xs):
+        return self._gradients(*jax.lax.scan(one, self._zeros(args), xs))
+
+    def _gradients(self, total, dx):
+        dparams, dinputs, dclosure = total
+        return ((dparams, self._join(dx), dinputs, dclosure),)
+
+    def _add(self, total, gradients):
+        dparams, dx, dinputs, dclosure = gradients
+        return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, (dparams, dinputs, dclosure)), dx
+
+    def _zeros(self, args):
+        """Where the sums over chunks begin: at least float32."""
+        (params, _, inputs, closure), _ = split(args)
+        zeros = lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+        return vary_alike(jax.tree.map(zeros, (params, inputs, closure)), like=args)
+
+    def _chunks(self, args):
+        return self._split(args[1]), jnp.arange(self.num)
+
+    def _chunk(self, args, x, i):
+        params, _, inputs, closure = args
+        if "side" in inputs:
+            inputs = inputs | {"side": self.chunking.side_of_chunk(inputs["side"], i)}
+        return params, x, inputs, closure
+
+    def _split(self, x):
+        """(B, T, ...) -> (chunks, B, T / chunks, ...)."""
+        return jnp.moveaxis(x.reshape(x.shape[0], self.num, -1, *x.shape[2:]), 1, 0)
+
+    def _join(self, x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])

@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.benchmark import benchmark
+
+raise SystemExit(call(benchmark))

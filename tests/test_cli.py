@@ -1,0 +1,162 @@
+"""A mistake is one message, exit code 2 and nothing written; Ctrl-C leaves a checkpoint that loads."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from revjax import cli, experiment
+from revjax.logging import get_logger
+from revjax.models import CheckReport
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def same_logger(monkeypatch):
+    """The commands set the logger up; other tests want it as it was."""
+    logger = get_logger()
+    monkeypatch.setattr(logger, "handlers", logger.handlers[:])
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, in which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def message_of(capsys, argv):
+    """The one message of a command that ends with exit code 2."""
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and "Traceback" not in err and err.startswith("error: "), (code, out, err)
+    return err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model.num_layer=4"], "--model.num_layer: unknown field 'model.num_layer'. Did you mean 'num_layers'?"),
+        (["--model.num_layers=four"], "--model.num_layers: model.num_layers must be int, but got 'four' (str)."),
+        (["--model.num_heads=3"], "num_heads must divide d_model, but got num_heads=3 and d_model=32."),
+        (["--model.window=0"], "window must be at least 1, or null for its default, but got 0."),
+        (["--training.sample_prompt=é", "--model.vocab_size=128"], "The prompt holds the token 195"),
+        (["--training.sample_prompt=def", "--model.vocab_size=64"], "but this model knows 0 to 63 (vocab_size=64)."),
+        (["--training.on_trouble=rewind"], "'rewind' comes with the training system"),
+        (["--data.source=no/such/place"], "There is no file or folder 'no/such/place' (data.source)"),
+        (["--data.source=empty"], "No text for data.source 'empty': no file is there."),
+        (["--data.source=blank"], "No text under 'blank': all 1 files are empty."),
+        (["--data.source=binary"], "No text for data.source 'binary': 1 files there are not UTF-8 text."),
+        (["--data.source=short"], "needs 65 (sequence_length + 1)"),
+        (["--run.name=file"], "file is a file, but a run needs a folder."),
+        (["--run.name=other"], "is not the folder of a run: it has no config.yaml, but thesis.tex."),
+        (["--run.name=another"], "holds a run with another configuration: model.d_model was 128 and is now 32"),
+        (["--steps"], "--steps needs a value"),
+        (["--model.coupling=revnett"], "A coupling is one of revnet"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_written(here, capsys, words, message):
+    for name in ("empty", "blank", "binary", "short", "runs/other", "runs/another"):
+        (here / name).mkdir(parents=True)
+    (here / "blank" / "a.txt").write_text("")
+    (here / "binary" / "a.bin").write_bytes(b"\xff\xfe\xfd")
+    (here / "short" / "a.txt").write_text("too short")
+    (here / "runs" / "file").write_text("")
+    (here / "runs" / "other" / "thesis.tex").write_text("")
+    (here / "runs" / "another" / "config.yaml").write_text("run: {name: another}\n")
+    before = sorted(here.rglob("*"))
+    assert message in message_of(capsys, ["train", TINY, *words])
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_file_is_named_with_its_line(here, capsys):
+    (here / "mine.yaml").write_text(f"base: {TINY}\nmodel:\n  d_modle: 64\n")
+    message = message_of(capsys, ["train", "mine.yaml"])
+    assert "mine.yaml:3: unknown field 'model.d_modle'. Did you mean 'd_model'?" in message
+    assert "no config file tiny.yml" in message_of(capsys, ["train", "tiny.yml"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "Expected one name, but got none. Write: revjax generate runs/NAME"),
+        (["runs/missing"], "There is no run in runs/missing"),
+        (["runs/missing", "--promt=a"], "unknown field 'promt'. Did you mean 'prompt'?"),
+    ],
+)
+def test_generating_from_nothing_is_an_error_in_words(here, capsys, words, message):
+    assert message in message_of(capsys, ["generate", *words])
+
+
+def test_commands_are_listed_and_misspelt_ones_corrected(capsys):
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in ("train", "generate", "check"))
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("revjax ")
+
+
+@pytest.mark.parametrize(
+    "command, field", [("train", "--model.num-layers"), ("generate", "--temperature"), ("check", "--model.coupling")]
+)
+def test_help_explains_every_field(capsys, command, field):
+    assert cli.main([command, "--help"]) == 0
+    assert field in capsys.readouterr().out.replace("num_layers", "num-layers")
+
+
+def test_the_resolved_config_can_be_printed(capsys):
+    assert cli.main(["train", TINY, "--print-config", "--model.num_layers=7"]) == 0
+    assert "num_layers: 7" in capsys.readouterr().out
+
+
+def test_every_script_calls_its_command():
+    for name in ("train", "generate", "check"):
+        text = (ROOT / "scripts" / f"{name}.py").read_text()
+        assert f"from revjax.cli.{name} import {name}" in text and f"call({name})" in text
+
+
+@pytest.mark.parametrize("faults, code", [([], 0), (["Block returns x + f(x)."], 1)])
+def test_check_tells_by_its_exit_code(capsys, monkeypatch, faults, code):
+    report = CheckReport(faults=faults, notes=[], rows=[], gradient_error=0.0, difference_error=0.0)
+    monkeypatch.setattr(experiment, "check_model", lambda config: report)
+    assert cli.main(["check", TINY]) == code
+    assert capsys.readouterr().out.strip() == str(report).strip()
+
+
+@pytest.mark.slow
+def test_the_model_of_a_config_passes_its_check(capsys):
+    assert cli.main(["check", TINY, "--model.num_layers=1"]) == 0
+    assert "exact" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_generates(tmp_path, capsys):
+    """A process of its own: the signal goes to whoever runs the script."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), TINY, "--training.steps=1000000"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        metrics, deadline = tmp_path / "runs" / "tiny" / "metrics.jsonl", time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > 3:
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.1)
+        out, err = (text.decode() for text in process.communicate(timeout=120))
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "SIGINT: ending after this step, with a checkpoint" in err
+    assert "34,976 parameters" in out and "with jax.checkpoint" in out and "interrupted after step" in out
+    assert experiment.load_model(tmp_path / "runs" / "tiny").config.d_model == 32
+    assert cli.main(["generate", str(tmp_path / "runs" / "tiny"), "--prompt=def ", "--max_new_tokens=4"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
