@@ -75,7 +75,7 @@ def _open(jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
 
 
-def _bind(eqn, args, params):
+def _bind(eqn, args, params: Any) -> list[Any]:
     bound: Any = eqn.primitive.get_bind_params(params)  # (functions, params), or only params in newer jax
     functions, params = bound if isinstance(bound, tuple) and len(bound) == 2 else ((), bound)
     outs = eqn.primitive.bind(*functions, *args, **params)
