@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .layers import Layers, by_f, given
 from .plan import All, Inputs, Nothing
 from .streams import row_max
-from .trace import Function
+from .trace import Function, is_float
 
 PyTree = Any
 
@@ -120,7 +120,18 @@ def arguments(shared: dict, closure, x, inputs: dict) -> PyTree:
         tape=inputs.get("tape"),
         cache=inputs.get("cache"),
     )
-    return inputs["params"], x, keywords, closure
+    return _of_this_layer(inputs["params"], inputs["layer"]), x, keywords, closure
+
+
+def _of_this_layer(params: PyTree, layer: jax.Array) -> PyTree:
+    """The same parameters, as something that only the loop can compute.
+
+    On TPU, XLA moves what is done to parameters alone out of the loop over layers (the cast to bf16, above all)
+    and does it for all layers at once: a copy of the whole stack. A zero that depends on the layer keeps it in.
+    """
+    add_zero = lambda a: a + jnp.where(layer < 0, 1, 0).astype(a.dtype)
+    on_tpu = lambda params: jax.tree.map(lambda a: add_zero(a) if is_float(a) else a, params)
+    return jax.lax.platform_dependent(params, tpu=on_tpu, default=lambda params: params)
 
 
 def step_vjp(layers: Layers, x_prev, x, fx, n):

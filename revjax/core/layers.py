@@ -169,7 +169,13 @@ class Layers:
         start = sum(map(self.num_fns, range(i)))
         of_f = lambda j: jax.tree.map(lambda a: a[start + j : start + period * length : period], numbers)
         return tuple(
-            {"params": diff[0][i][j], "side": sides[i][j], "number": of_f(j), "cache": caches[i][j]}
+            {
+                "params": diff[0][i][j],
+                "layer": jnp.arange(length),
+                "side": sides[i][j],
+                "number": of_f(j),
+                "cache": caches[i][j],
+            }
             for j in range(period)
         )
 
