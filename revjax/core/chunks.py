@@ -25,7 +25,8 @@ def by_tokens(f: Callable, chunk_tokens: int, side_of_chunk: Callable | None = N
 
     Args:
       f: treats each token alone; it may return no extras (aux, tape, cache).
-      chunk_tokens: the largest divisor of T up to this is the chunk.
+      chunk_tokens: the most tokens of a row in one chunk. Chunks are even; the last is filled up with zeros,
+        whose results are dropped.
       side_of_chunk: `(side, i) -> side` of chunk i: for PRNG keys, which must differ between chunks.
     """
     if chunk_tokens < 1:
@@ -47,7 +48,7 @@ class Chunking:
     side_of_chunk: Callable
 
     def num_chunks(self, num_tokens: int) -> int:
-        return next(n for n in range(1, num_tokens + 1) if num_tokens % n == 0 and num_tokens // n <= self.chunk_tokens)
+        return max(1, -(-num_tokens // self.chunk_tokens))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ class ChunkedFunction:
         _, fx = jax.lax.scan(
             lambda _, xs: (None, self.fn.primal(self._chunk(args, *xs))[0][0]), None, self._chunks(args)
         )
-        return (self._join(fx), None), (None, None)
+        return (self._join(fx, args[1].shape[1]), None), (None, None)
 
     def __call__(self, args: PyTree) -> tuple[PyTree, list[jax.Array]]:
         def one(_, xs):
@@ -78,7 +79,7 @@ class ChunkedFunction:
             return None, (fx, leaves)
 
         _, (fx, leaves) = jax.lax.scan(one, None, self._chunks(args))
-        return ((self._join(fx), None), (None, None)), leaves
+        return ((self._join(fx, args[1].shape[1]), None), (None, None)), leaves
 
     def transpose(self, args: PyTree, leaves: list[jax.Array], cotangents: PyTree) -> PyTree:
         def one(total, xs):
@@ -86,7 +87,8 @@ class ChunkedFunction:
             chunk = self._chunk(args, args[1], i)  # x is among the leaves
             return self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
 
-        return self._sum(one, args, (jnp.arange(self.num), self._split(cotangents[0]), leaves))
+        xs = (jnp.arange(self.num), self._split(cotangents[0]), leaves)
+        return self._gradients(*jax.lax.scan(one, self._zeros(args), xs), cotangents[0].shape[1])
 
     def evaluate_and_transpose(self, args: PyTree, dfx: jax.Array) -> tuple[jax.Array, PyTree]:
         """Returns f(x) and the gradients, holding the activations of one chunk at a time."""
@@ -99,14 +101,11 @@ class ChunkedFunction:
             return total, (fx, dx)
 
         total, (fx, dx) = jax.lax.scan(one, self._zeros(args), (*self._chunks(args), self._split(dfx)))
-        return self._join(fx), self._gradients(total, dx)
+        return self._join(fx, dfx.shape[1]), self._gradients(total, dx, dfx.shape[1])
 
-    def _sum(self, one, args, xs):
-        return self._gradients(*jax.lax.scan(one, self._zeros(args), xs))
-
-    def _gradients(self, total, dx):
+    def _gradients(self, total, dx, num_tokens: int):
         dparams, dinputs, dclosure = total
-        return ((dparams, self._join(dx), dinputs, dclosure),)
+        return ((dparams, self._join(dx, num_tokens), dinputs, dclosure),)
 
     def _add(self, total, gradients):
         dparams, dx, dinputs, dclosure = gradients
@@ -128,8 +127,10 @@ class ChunkedFunction:
         return params, x, inputs, closure
 
     def _split(self, x):
-        """(B, T, ...) -> (chunks, B, T / chunks, ...)."""
+        """(B, T, ...) -> (chunks, B, T / chunks, ...), filled up with zeros."""
+        missing = -x.shape[1] % self.num
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], self.num, -1, *x.shape[2:]), 1, 0)
 
-    def _join(self, x):
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    def _join(self, x, num_tokens: int):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :num_tokens]

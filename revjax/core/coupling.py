@@ -41,6 +41,7 @@ class AbstractCoupling(abc.ABC):
 
     reversible: bool = True  # False: no inverse, so the plan must keep something
     linear: bool = False  # forward is linear in (x[l-1], x[l], f): by_tokens needs that
+    readout: str = "mean"  # what a stack returns: the "mean" of the last two streams, or the "last"
     order: int = 2  # how many streams a step needs: 2, or 1 where x[l-1] is not used
 
     def numbers(self, num_fns: int, x: jax.Array) -> PyTree:
@@ -67,8 +68,17 @@ class AbstractCoupling(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} has no exact inverse: use plan 'inputs' or 'all'.")
 
     def unsafe(self, grid: FixedPoint, x_prev, x, fx, n):
-        """True where x[l+1] is not finite or does not fit; asked of floats, since integers cannot tell."""
-        return grid.unsafe(self.forward(x_prev, x, fx, n))
+        """True where x[l+1] is not finite or does not fit; asked of floats, since integers cannot tell.
+
+        Every term that is encoded has to fit by itself: where that is more than x[l+1] and fx, say so here.
+        """
+        unsafe = grid.unsafe(self.forward(x_prev, x, fx, n))
+        return unsafe | grid.unsafe(fx) if isinstance(fx, jax.Array) else unsafe
+
+    @property
+    def has_exact(self) -> bool:
+        """Whether it has exact arithmetic."""
+        return type(self).forward_exact is not AbstractCoupling.forward_exact
 
     def for_step(self, key: jax.Array | None) -> "AbstractCoupling":
         """The coupling of one step, given that step's key; None is evaluation. Itself, unless it is random."""
@@ -193,13 +203,14 @@ class BDIA(AbstractCoupling):
     The average over signs is the ordinary residual network, which is what evaluation uses: `for_step(None)`.
 
     Attributes:
-      key: a PRNG key, a new one for every step. None: a stack that is called with a key fills it in.
+      key: a PRNG key, a new one for every step. None: a stack that is called with a key draws one from it.
       sample: the global index of each sample of the batch, shape (B,); None: 0 .. B-1. A shard of a
         batch passes its own indices, so that the same sample has the same signs on any number of devices.
       shift: kept bits for each element and f (1, 2, 4 or 8).
     """
 
     linear = True
+    readout = "last"
     key: jax.Array | None = None
     sample: jax.Array | None = None
     shift: int = 1
@@ -241,6 +252,8 @@ class BDIA(AbstractCoupling):
         return linear.unsafe(grid, x_prev, x, fx, n)
 
     def for_step(self, key):
+        if self.key is not None:
+            return self
         return Residual() if key is None else dataclasses.replace(self, key=key)
 
 
@@ -250,6 +263,7 @@ class Residual(AbstractCoupling):
 
     reversible = False
     linear = True
+    readout = "last"
     order = 1
 
     def forward(self, x_prev, x, fx, n):
@@ -264,8 +278,8 @@ COUPLINGS = {
     "midpoint": Midpoint,
     "leapfrog": Leapfrog,
     "momentum": Momentum,
-    "near-residual": lambda shift=1: NearResidual(int(shift)),
-    "bdia": lambda shift=1: BDIA(shift=int(shift)),
+    "near-residual": NearResidual,
+    "bdia": lambda shift=1: BDIA(shift=shift),
     "residual": Residual,
 }
 
@@ -278,10 +292,16 @@ def parse_coupling(text: str) -> AbstractCoupling:
     name, _, number = text.partition(":")
     if name not in COUPLINGS:
         raise ValueError(f"A coupling is one of {', '.join(COUPLINGS)}, but got {text!r}.")
+    if not number:
+        return COUPLINGS[name]()
+    if name in ("revnet", "residual"):
+        raise ValueError(f"The coupling {name!r} takes no number, but got {text!r}.")
     try:
-        return COUPLINGS[name](*([float(number)] if number else []))
-    except TypeError:
-        raise ValueError(f"The coupling {name!r} takes no number, but got {text!r}.") from None
+        value = int(number) if name in ("near-residual", "bdia") else float(number)
+    except ValueError:
+        kind = "a whole number" if name in ("near-residual", "bdia") else "a number"
+        raise ValueError(f"The coupling {name!r} takes {kind} after the colon, but got {text!r}.") from None
+    return COUPLINGS[name](value)
 
 
 def _scale(h, fx, dtype):

@@ -24,8 +24,8 @@ class Run:
     Each `f(params, x)` returns the increment f(x), not x + f(x). It may return `(fx, extras)` instead, with
     `extras` a dict of any of
       aux    a pytree of outputs with gradients (a router's loss), stacked over repeats;
-      tape   discrete decisions or other values that the backward pass must not compute again: it calls
-             f with them as `tape=`;
+      tape   decisions (integers, booleans) that the backward pass must not take again: it calls f with
+             them as `tape=`;
       cache  where a cache came in as `cache=`: what it became (forward only).
 
     Attributes:
@@ -141,6 +141,11 @@ class Layers:
                     replay.append(period[-1])
                     continue
                 period.append(trace(f, params, stream, inputs))
+                if coupling.linear and period[-1].fx_dtype is None:
+                    raise TypeError(
+                        f"{type(coupling).__name__} adds an array to x, but {getattr(f, '__name__', f)} returned a "
+                        "pytree. Return fx, or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
+                    )
                 tape = period[-1].tape_shape
                 replay.append(trace(f, params, stream, inputs | {"tape": tape}) if tape is not None else period[-1])
             fns.append(tuple(period))
@@ -192,7 +197,7 @@ def _trace_chunk(f, params, x, inputs, coupling: AbstractCoupling) -> ChunkedFun
     if len(x.shape) < 3:
         raise ValueError(f"by_tokens cuts x (B, T, ..., D) along T, but x has the shape {x.shape}.")
     num = f.chunking.num_chunks(x.shape[1])
-    chunk = jax.eval_shape(lambda x: x[:, : x.shape[1] // num], x)
+    chunk = jax.eval_shape(lambda x: x[:, : -(-x.shape[1] // num)], x)
     fn = trace(f, params, chunk, inputs)
     if fn.has_extras:
         raise ValueError("A function under by_tokens may return fx only, without extras (aux, tape, cache).")

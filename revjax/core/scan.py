@@ -53,7 +53,8 @@ class ScanResult:
       cache: as `aux`, the caches that f returned; or None.
       unsafe: (N,) how many elements after each f were not finite or did not fit. 0 everywhere, or see
         `FixedPoint.limit`.
-      max_abs: (N,) the largest |x| after each f.
+      max_abs: (N,) the largest |x| after each f. Neither this nor `unsafe` has a gradient.
+      readout: "mean" or "last", as the coupling says.
     """
 
     streams: tuple[jax.Array | None, jax.Array]
@@ -61,6 +62,12 @@ class ScanResult:
     cache: PyTree
     unsafe: jax.Array
     max_abs: jax.Array
+    readout: str = dataclasses.field(default="mean", metadata={"static": True})
+
+    @property
+    def out(self) -> jax.Array:
+        """What the next layer reads: the mean of the streams, or the last one, as the coupling says."""
+        return self.mean if self.readout == "mean" else self.last
 
     @property
     def last(self) -> jax.Array:
@@ -101,9 +108,10 @@ def reversible_scan(
       plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one of them for each run.
       shared: a pytree that every f gets as `shared=`; not differentiated.
       context: a pytree that every f gets as `context=`, with gradients (cross-attention).
-      canary: zeros (N, 3). Its gradient is, for each f, how many rows of its input were not rebuilt to the
-        bit (0, or the other gradients are not to be trusted), how many elements were unsafe, and the
-        largest |x| after it. Where gradients are summed (vmap, shard_map), so are these.
+      canary: zeros (N, 3). Its gradient is, for each f, how many rows of the stream beside it were not
+        rebuilt to the bit (0, or the other gradients are not to be trusted), how many elements were unsafe,
+        and the largest |x| after it. Where gradients are summed (vmap, shard_map, a stack that is called
+        twice), so are these.
       exact: int32 fixed-point streams. False: float streams in the dtype of x, whose inverse drifts.
       fraction_bits: the grid of the exact streams, 2**-fraction_bits.
       constrain: applied to every stream, rebuilt ones and their cotangents too
@@ -130,9 +138,7 @@ def reversible_scan(
     canary = vary_alike(canary, like=streams)
     if problem.has_cache:
         diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
-        return _result(
-            forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem.run_of_piece
-        )
+        return _result(forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem)
 
     @jax.custom_vjp
     def core(diff, streams, rest, canary):
@@ -147,6 +153,7 @@ def reversible_scan(
         diff, cotangents = refuse_gradient((diff, cotangents), FIRST_ORDER_ONLY)
         ddiff, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents)
         ddiff = jax.tree.map(lambda d, a: d.astype(a.dtype), partition(ddiff)[0], diff)
+        dstreams = jax.tree.map(lambda d, a: d.astype(a.dtype), dstreams, problem.streams)
         return ddiff, dstreams, None, jnp.stack([wrong, jnp.sum(unsafe, 1), jnp.max(max_abs, 1)], axis=1)
 
     core.defvjp(core_fwd, core_bwd)
@@ -159,7 +166,7 @@ def reversible_scan(
             "reversible_scan has no forward-mode derivative (jax.jvp, jax.jacfwd, jax.hessian). Use reverse mode "
             "(jax.grad, jax.vjp, jax.jacrev)."
         ) from error
-    return _result(out, problem.run_of_piece)
+    return _result(out, problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +225,9 @@ def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:
     return (x_prev if coupling.order == 2 else None), x
 
 
-def _result(out: dict[str, PyTree], run_of_piece: list[int]) -> ScanResult:
+def _result(out: dict[str, PyTree], problem: Problem) -> ScanResult:
+    run_of_piece = problem.run_of_piece
+
     def by_run(pieces):
         if not jax.tree.leaves(pieces):
             return None
@@ -226,4 +235,5 @@ def _result(out: dict[str, PyTree], run_of_piece: list[int]) -> ScanResult:
         return tuple(same[0] if len(same) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *same) for same in runs)
 
     unsafe, max_abs = jnp.sum(out["unsafe"], axis=1), jnp.max(out["max_abs"], axis=1)
-    return ScanResult(out["streams"], by_run(out["aux"]), by_run(out["cache"]), unsafe, max_abs)
+    aux, cache = by_run(out["aux"]), by_run(out["cache"])
+    return ScanResult(out["streams"], aux, cache, unsafe, max_abs, problem.layers.coupling.readout)

@@ -80,6 +80,11 @@ def trace(f: Callable, params: PyTree, x: jax.ShapeDtypeStruct, inputs: dict[str
 
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     _check_increment(f, shape[0][0], x)
+    if any(is_float(a) for a in jax.tree.leaves(shape[1][0])):
+        raise TypeError(
+            f"The tape of {_name(f)} holds floats, whose gradients would be lost where f is run again. A tape is for "
+            "decisions (integers, booleans); return floats as 'aux'."
+        )
     closure = [c for c in closed.consts if isinstance(c, Tracer)]
     slots = {i: n for n, i in enumerate(i for i, c in enumerate(closed.consts) if isinstance(c, Tracer))}
 
@@ -161,9 +166,12 @@ def read_result(result: PyTree) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, Py
 
 
 def _check_increment(f, fx, x):
-    name = getattr(f, "__name__", type(f).__name__)
     if isinstance(fx, jax.ShapeDtypeStruct) and (fx.shape != x.shape or not is_float(fx)):
         raise ValueError(
-            f"A residual function returns an increment of the shape of x, but {name} took {x.dtype}{list(x.shape)} and "
-            f"returned {fx.dtype}{list(fx.shape)}."
+            f"A residual function returns an increment of the shape of x, but {_name(f)} took "
+            f"{x.dtype}{list(x.shape)} and returned {fx.dtype}{list(fx.shape)}."
         )
+
+
+def _name(f) -> str:
+    return getattr(f, "__name__", type(f).__name__)

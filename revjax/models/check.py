@@ -11,6 +11,7 @@ products in low precision whose roundings XLA leaves out in one of two programs 
 """
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -68,20 +69,21 @@ class CheckReport:
         for kind, lines in (("FAULT", self.faults), ("note", self.notes)):
             for line in lines:
                 console.print(f"{kind}: {line}", markup=False)
-        console.print(
-            "verdict: " + ("exact; safe to train" if self.ok else f"{len(self.faults)} fault(s); do not train")
-        )
+        floats = any(note.startswith("Float streams") for note in self.notes)
+        good = "the gradients are right, but float streams drift" if floats else "exact; safe to train"
+        console.print("verdict: " + (good if self.ok else f"{len(self.faults)} fault(s); do not train"))
         return out.getvalue().rstrip()
 
 
-def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None) -> CheckReport:
+def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, **inputs: PyTree) -> CheckReport:
     """Checks a `ReversibleStack`, or any model that holds some, on one example.
 
     Args:
       model: called as `model(example)`, or `model(*example)` if that is a tuple; returns floats. What it returns is
         multiplied by fixed random numbers and summed: the loss of the check.
       example: a small batch, rows first: x for a stack, tokens for a language model.
-      key: passed as `key=`, for what is random in training; None leaves it out.
+      key: passed as `key=`, for what is random in training; None leaves it out, unless the coupling needs one.
+      inputs: passed on by name (context, side inputs).
 
     Example:
       >>> report = revjax.check(stack, jnp.ones((2, 16, 64)))
@@ -96,26 +98,34 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None) -
         )
     faults: list[str] = []
     notes: list[str] = []
+    if key is None and any(s.coupling.reversible and not s.coupling.for_step(None).reversible for s in stacks.values()):
+        key = jax.random.key(0)  # without one it would be evaluated, as an ordinary network
+    run = functools.partial(_loss, inputs=inputs)
     try:
-        for stack, x, keywords in _calls_of_stacks(model, example, key):
+        for stack, x, keywords in _calls_of_stacks(lambda: run(model, example, key)):
             _check_branches(stack, x, keywords, faults, notes)
+            if not stack.exact:
+                drift = float(jnp.max(stack.reconstruction_error(x, **_of_branches(keywords))))
+                notes.append(
+                    f"Float streams: the inverse is off by up to {drift:.1e}, and no canary can tell in training."
+                )
     except MutatedVariableError as error:
         return CheckReport([str(error)], ["Nothing else was checked."], [], None, None)
-    rows, grads = _check_rebuilding(model, example, key, faults)
-    gradient_error = _check_against_stored(model, example, key, grads, faults)
-    difference_error = _check_against_differences(model, example, key, faults, notes)
+    rows, grads = _check_rebuilding(run, model, example, key, faults)
+    gradient_error = _check_against_stored(run, model, example, key, grads, faults)
+    difference_error = _check_against_differences(run, model, example, key, faults, notes)
     return CheckReport(faults, notes, rows, gradient_error, difference_error)
 
 
-def _loss(model: nnx.Module, example: PyTree, key: jax.Array | None) -> jax.Array:
+def _loss(model: nnx.Module, example: PyTree, key: jax.Array | None, inputs: dict[str, PyTree]) -> jax.Array:
     args = example if isinstance(example, tuple) else (example,)
-    out = model(*args, **({} if key is None else {"key": key}))
+    out = model(*args, **({} if key is None else {"key": key}), **inputs)
     weights = np.random.default_rng(0).standard_normal(out.shape)
     return jnp.sum(out * weights.astype(out.dtype)) / np.sqrt(out.size)
 
 
-def _calls_of_stacks(model, example, key) -> list[tuple[ReversibleStack, jax.Array, dict[str, PyTree]]]:
-    """Each stack of the model with what it is called with, found by running the model."""
+def _calls_of_stacks(run: Callable) -> list[tuple[ReversibleStack, jax.Array, dict[str, PyTree]]]:
+    """Each stack that `run()` calls, with what it is called with."""
     calls, scan = [], ReversibleStack.scan
 
     def listen(stack, x, **keywords):
@@ -124,7 +134,7 @@ def _calls_of_stacks(model, example, key) -> list[tuple[ReversibleStack, jax.Arr
 
     setattr(ReversibleStack, "scan", listen)  # noqa: B010
     try:
-        _loss(model, example, key)
+        run()
     finally:
         setattr(ReversibleStack, "scan", scan)  # noqa: B010
     return calls
@@ -132,7 +142,7 @@ def _calls_of_stacks(model, example, key) -> list[tuple[ReversibleStack, jax.Arr
 
 def _check_branches(stack: ReversibleStack, x: jax.Array, keywords: dict, faults: list[str], notes: list[str]) -> None:
     """Runs each kind of branch by itself, with the parameters of its first layer."""
-    keywords = {k: v for k, v in keywords.items() if k not in ("coupling", "plan", "cache") and v is not None}
+    keywords = _of_branches(keywords)
     x, key = jnp.asarray(x, jnp.float32), keywords.pop("key", None)
     context = {"context": keywords.pop("context")} if "context" in keywords else {}
     for branch in (branch for branches in stack.runs for branch in branches):
@@ -169,6 +179,10 @@ def _check_branches(stack: ReversibleStack, x: jax.Array, keywords: dict, faults
                 )
 
 
+def _of_branches(keywords: dict[str, PyTree]) -> dict[str, PyTree]:
+    return {k: v for k, v in keywords.items() if k not in ("coupling", "plan", "cache") and v is not None}
+
+
 def _same(a: jax.Array, b: jax.Array) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True))
 
@@ -192,8 +206,8 @@ def _low_precision(run: Callable, *args) -> bool:
     return "bf16[" in text or "f16[" in text
 
 
-def _check_rebuilding(model, example, key, faults):
-    (_, report), grads = jax.jit(lambda model: value_and_grad(_loss)(model, example, key))(model)
+def _check_rebuilding(run, model, example, key, faults):
+    (_, report), grads = jax.jit(lambda model: value_and_grad(run)(model, example, key))(model)
     rows = []
     for path, stack in stacks_of(model).items():
         counts = np.asarray(report.stacks[path])
@@ -204,13 +218,13 @@ def _check_rebuilding(model, example, key, faults):
     return rows, grads
 
 
-def _check_against_stored(model, example, key, grads, faults) -> float:
+def _check_against_stored(run, model, example, key, grads, faults) -> float:
     stored = nnx.clone(model)
     for stack in stacks_of(stored).values():
         stack.plan = "all"
-    expected = jax.jit(lambda model: value_and_grad(_loss)(model, example, key))(stored)[1]
+    expected = jax.jit(lambda model: value_and_grad(run)(model, example, key))(stored)[1]
     error = _distance(grads, expected)
-    tolerance = LOW_TOLERANCE if _low_precision(lambda m: _loss(m, example, key), model) else TOLERANCE
+    tolerance = LOW_TOLERANCE if _low_precision(lambda m: run(m, example, key), model) else TOLERANCE
     if not error <= tolerance:
         faults.append(
             f"The gradients differ from those of stored activations by {error:.1e}, where {tolerance:.0e} is what the "
@@ -219,12 +233,12 @@ def _check_against_stored(model, example, key, grads, faults) -> float:
     return error
 
 
-def _check_against_differences(model, example, key, faults, notes) -> float | None:
+def _check_against_differences(run, model, example, key, faults, notes) -> float | None:
     """(loss(p + e v) - loss(p - e v)) / 2e against <gradient, v>, in float64, for one direction v."""
     with jax.enable_x64(True):
         model64 = _in_float64(model)
         example = jax.tree.map(_to_float64, example)
-        loss = lambda model: _loss(model, example, key)
+        loss = lambda model: run(model, example, key)
         try:
             if _low_precision(loss, model64):
                 notes.append(
@@ -238,7 +252,7 @@ def _check_against_differences(model, example, key, faults, notes) -> float | No
         step = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
         at = jax.jit(lambda e: loss(nnx.merge(graphdef, jax.tree.map(lambda p, v: p + e * v, params, step), rest)))
         numeric = float((at(1e-5) - at(-1e-5)) / 2e-5)
-        grads = jax.jit(lambda model: value_and_grad(_loss)(model, example, key))(model64)[1]
+        grads = jax.jit(lambda model: value_and_grad(run)(model, example, key))(model64)[1]
         exact = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, step))))
     error = abs(numeric - exact) / max(abs(numeric), 1e-12)
     if not error <= DIFFERENCES_TOLERANCE:
@@ -255,7 +269,10 @@ def _in_float64(model: nnx.Module) -> nnx.Module:
     copy = nnx.merge(graphdef, jax.tree.map(_to_float64, state), copy=True)
     for _, node in nnx.iter_graph(copy):
         if isinstance(node, ReversibleStack):
-            node.exact = False
+            node.exact, node.plan = (
+                False,
+                "all",
+            )  # the inverse of float streams drifts: what is asked here is the gradient
         if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
             setattr(node, "dtype", jnp.dtype("float64"))  # noqa: B010
     return copy

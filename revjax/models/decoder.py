@@ -94,6 +94,15 @@ class DecoderConfig:
         if self.positions == "rotary" and self.head_size % 2:
             raise ValueError(f"Rotary positions pair up channels, so head_dim must be even, but got {self.head_size}.")
         coupling = parse_coupling(self.coupling)
+        if self.exact and not coupling.has_exact:
+            raise ValueError(
+                f"The coupling {self.coupling!r} has no exact arithmetic: momentum needs 0.5, 0.25, 0.0625 or "
+                "0.00390625. Use one of these, or exact: false."
+            )
+        if self.mlp_chunk is not None and self.granularity == "block":
+            raise ValueError(
+                "mlp_chunk needs granularity: branch, since a block's attention cannot be cut into tokens."
+            )
         kept_bits = getattr(coupling, "shift", 0)
         if self.exact and kept_bits and self.d_model * kept_bits % 8:
             raise ValueError(
@@ -260,7 +269,7 @@ class Decoder(nnx.Module):
         """Returns logits_BTV for tokens that follow those in the cache, and the longer cache. No gradients."""
         x_BTD = self._embed(tokens_BT, None, start=jax.tree.leaves(cache, is_leaf=_is_cache)[0].length[0])
         result = self.stack.scan(x_BTD, cache=cache)
-        return self._logits(self.norm(result.mean)), result.cache
+        return self._logits(self.norm(result.out)), result.cache
 
     def _embed(self, tokens_BT, positions_BT, start):
         x_BTD = self.embedding.encode(tokens_BT)

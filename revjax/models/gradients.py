@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .stack import Canary, ReversibleStack
+from .stack import Canary, MutatedVariableError, ReversibleStack, variables
 
 PyTree = Any
 
@@ -39,7 +39,7 @@ class Report:
 
     @property
     def max_abs(self) -> jax.Array:
-        """The largest |x| of any stream."""
+        """The largest |x| of any stream (for a stack that the loss calls more than once: the sum over its calls)."""
         return jnp.max(jnp.stack([jnp.zeros(()), *(jnp.max(c) for c in self._column(2))]))
 
     def describe(self, model: nnx.Module) -> str:
@@ -53,7 +53,8 @@ class Report:
             ):
                 bad = [i for i in range(len(counts)) if counts[i]]
                 if bad:
-                    first = bad[-1] if counts is wrong else bad[0]  # an error spreads in the direction of its pass
+                    # An error spreads in the direction of its pass: towards the first layer where streams are inverted.
+                    first = bad[-1] if counts is wrong and stack.plan == "nothing" else bad[0]
                     lines.append(
                         f"{path or 'stack'}: the stream {what} in {len(bad)} of {len(counts)} branches, first in "
                         f"{stack.names[first]} ({counts[first]:.0f} {unit}; largest |x| {max_abs.max():.4g}). {advice}"
@@ -68,6 +69,16 @@ def _overflow_advice(stack: ReversibleStack) -> str:
         f"set fraction_bits={max(stack.fraction_bits - 3, 1)}; if it is NaN or grows without bound, lower the learning "
         "rate."
     )
+
+
+def _refuse_lost_state(model: nnx.Module, before: dict[Any, Any]) -> None:
+    changed = [".".join(map(str, p)) for p, value in variables(model).items() if value is not before.get(p)]
+    if changed:
+        raise MutatedVariableError(
+            f"The loss writes to variables of the model ({', '.join(changed)}), and what it writes would be lost: the "
+            "next call would start from the old values (the same dropout mask, say). Pass keys as arguments "
+            "(revjax.nn.dropout(x, rate, key)), or return new values with has_aux=True and store them yourself."
+        )
 
 
 def stacks_of(model: nnx.Module) -> dict[str, ReversibleStack]:
@@ -102,10 +113,14 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
                 f"The first argument must be an nnx.Module, but got {type(model).__name__}. For pure functions, use "
                 "jax.value_and_grad, and pass `canary` to reversible_scan."
             )
-        graphdef, params, canaries, rest = nnx.split(model, wrt, Canary, ...)
+        graphdef, canaries, params, rest = nnx.split(model, Canary, wrt, ...)
 
         def pure(params, canaries):
-            return loss_fn(nnx.merge(graphdef, params, canaries, rest, copy=True), *args, **kwargs)
+            merged = nnx.merge(graphdef, canaries, params, rest, copy=True)
+            before = variables(merged)
+            value = loss_fn(merged, *args, **kwargs)
+            _refuse_lost_state(merged, before)
+            return value
 
         value, (grads, dcanaries) = jax.value_and_grad(pure, argnums=(0, 1), has_aux=has_aux)(params, canaries)
         flat = {".".join(map(str, path[:-1])): variable[...] for path, variable in nnx.to_flat_state(dcanaries)}

@@ -16,8 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..core import AbstractCoupling, RevNet, Run, ScanResult, by_tokens, reconstruction_error, reversible_scan
-from ..core.plan import Plan
+from ..core import (
+    AbstractCoupling,
+    FixedPoint,
+    Nothing,
+    RevNet,
+    Run,
+    ScanResult,
+    by_tokens,
+    reconstruction_error,
+    reversible_scan,
+)
+from ..core.plan import Plan, for_runs
 
 PyTree = Any
 MakeBlock = Callable[[nnx.Rngs], nnx.Module | Sequence[nnx.Module]]
@@ -34,10 +44,12 @@ class Canary(nnx.Variable):
 class ReversibleStack(nnx.Module):
     """A stack of NNX blocks that stores no activations.
 
-    Called as `stack(x, key=key, context=..., **side)`, it returns the mean of the last two streams, in
-    float32 (the dtype of x where `exact` is False). A branch gets those keywords that its `__call__` names:
-    `key` (its own for each layer), `context` (differentiated), and any others, which are not. A branch that treats
-    each token alone and has an attribute `chunk_tokens` is run in chunks of that many.
+    Called as `stack(x, key=key, context=..., **side)`, it returns the mean of the last two streams (the last
+    one for BDIA and Residual), in float32 (the dtype of x where `exact` is False).
+
+    A branch gets those keywords that its `__call__` names: `key` (its own for each layer), `context`
+    (differentiated), and any others, which are not. A branch that treats each token alone and has an attribute
+    `chunk_tokens` is run in chunks of that many.
 
     Args:
       make_block: `make_block(rngs)` returns a block, or a list of residual branches. A list of such
@@ -85,10 +97,26 @@ class ReversibleStack(nnx.Module):
         keys = jax.random.split(rngs.params(), num_layers)
         repeats, rest = divmod(num_layers, len(makers))
         whole = repeats * len(makers)
-        runs = [_make_run(makers, keys[:whole])] * bool(repeats) + [_make_run(makers[:rest], keys[whole:])] * bool(rest)
+        runs = [_make_run(makers, keys[:whole])] if repeats else []
+        runs += [_make_run(makers[:rest], keys[whole:])] if rest else []
         self.branches_per_layer = tuple(n for _, sizes in runs for n in sizes)
         self.runs = nnx.List([nnx.List(branches) for branches, _ in runs])
         self.canary = Canary(jnp.zeros((len(self.names), 3), jnp.float32))
+        self._check()
+
+    def _check(self) -> None:
+        """Finds what does not fit together before anything is run."""
+        keeps = for_runs(self.plan, len(self.runs))
+        FixedPoint(self.fraction_bits)
+        if self.exact and not self.coupling.has_exact:
+            raise ValueError(
+                f"{type(self.coupling).__name__} has no exact arithmetic: pass exact=False for float streams."
+            )
+        if not self.coupling.reversible and Nothing() in keeps:
+            raise ValueError(
+                f"{type(self.coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
+                "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
+            )
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -110,7 +138,7 @@ class ReversibleStack(nnx.Module):
         return names
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None, **inputs: PyTree) -> jax.Array:
-        return self.scan(x, key=key, **inputs).mean
+        return self.scan(x, key=key, **inputs).out
 
     def scan(
         self,
@@ -131,13 +159,12 @@ class ReversibleStack(nnx.Module):
           context: what every branch gets as `context=`, with gradients.
           cache: for each run, for each branch of its period, a cache with a leading axis of repeats, or None.
           coupling, plan: instead of the stack's own, for this call.
-          side: what branches get by name; not differentiated.
+          side: what branches get by name; not differentiated. Booleans and strings stay what they are.
         """
         given = self._arguments(x, key, context, cache, coupling, side)
-        chosen = given["coupling"]
-        plan = self.plan if plan is None else plan
-        if self.coupling.reversible and not chosen.reversible:
-            plan = "inputs"  # an ensemble, evaluated: its average has no inverse
+        evaluated = self.coupling.reversible and not given["coupling"].reversible
+        if plan is None:  # an ensemble that is evaluated is an ordinary network, without an inverse
+            plan = "inputs" if evaluated and Nothing() in for_runs(self.plan, len(self.runs)) else self.plan
         return reversible_scan(**given, plan=plan, canary=self.canary[...], constrain=self.constrain)
 
     def reconstruction_error(self, x, *, key=None, context=None, coupling=None, **side) -> jax.Array:
@@ -147,16 +174,20 @@ class ReversibleStack(nnx.Module):
     def _arguments(self, x, key, context, cache, coupling, side) -> dict[str, Any]:
         """What the core takes: pure functions, their stacked parameters, a key for each f."""
         self._refuse_unknown(dict(context=context, **side))
+        static = {name: value for name, value in side.items() if isinstance(value, bool | str)}
+        side = {name: value for name, value in side.items() if name not in static}
+        context = jax.tree.map(jnp.asarray, context)
+        sign_key, key = (None, None) if key is None else jax.random.split(key)
         keys_N = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(self.names)))
         runs, start = [], 0
         for i, (branches, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
             stop, period = start + len(branches) * length, len(branches)
-            fns, params_L, states_L = zip(*map(branch_function, branches), strict=True)
+            fns, params_L, states_L = zip(*(branch_function(branch, **static) for branch in branches), strict=True)
             keys_L = [None if keys_N is None else keys_N[start + j : stop : period] for j in range(period)]
             side_L = tuple(zip(states_L, keys_L, strict=True))
             runs.append(Run(fns, params_L, side_L, None if cache is None else tuple(cache[i]), length=length))
             start = stop
-        coupling = (self.coupling if coupling is None else coupling).for_step(key)
+        coupling = (self.coupling if coupling is None else coupling).for_step(sign_key)
         arithmetic = {"exact": self.exact, "fraction_bits": self.fraction_bits}
         return {"runs": runs, "x": x, "coupling": coupling, "shared": side, "context": context} | arithmetic
 
@@ -193,19 +224,23 @@ def _as_branches(block) -> list[nnx.Module]:
     return branches
 
 
-def branch_function(branch: nnx.Module) -> tuple[Callable, PyTree, PyTree]:
-    """A pure f, its stacked parameters, and its other variables (constants: f may read them, not write them)."""
+def branch_function(branch: nnx.Module, **static: bool | str) -> tuple[Callable, PyTree, PyTree]:
+    """A pure f, its stacked parameters, and its other variables (constants: f may read them, not write them).
+
+    `static` are keywords that are no arrays (`deterministic=True`).
+    """
     graphdef, params_L, state_L = nnx.split(branch, nnx.Param, ...)
     keywords = _keywords(branch)
 
     def f(params, x, side=None, shared=None, context=None, tape=None, cache=None):
         state, key = (state_L, None) if side is None else side  # no leaves: nothing was passed
         module = nnx.merge(graphdef, params, state, copy=True)
-        given = dict(shared or {}, key=key, context=context, tape=tape, cache=cache)
+        given = dict(shared or {}, **static, key=key, context=context, tape=tape, cache=cache)
         given = {k: v for k, v in given.items() if v is not None and (k in keywords or ... in keywords)}
-        before = _variables(module)
+        before = variables(module)
         increment = module(x, **given)
         _refuse_mutation(module, before)
+        _refuse_unnamed(type(module).__name__, increment, keywords)
         return increment
 
     f.__name__ = type(branch).__name__
@@ -225,9 +260,19 @@ def _keywords(branch: nnx.Module) -> set[Any]:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} | set(wild)
 
 
+def _refuse_unnamed(name: str, increment: PyTree, keywords: set[Any]) -> None:
+    extras = increment[1] if isinstance(increment, tuple) and isinstance(increment[-1], dict) else {}
+    lost = [k for k in ("tape", "cache") if extras.get(k) is not None and k not in keywords and ... not in keywords]
+    if lost:
+        raise TypeError(
+            f"{name} returns a {lost[0]}, but its __call__ does not take one back: add `{lost[0]}=None` to its "
+            "keywords."
+        )
+
+
 def _refuse_mutation(module: nnx.Module, before: dict[Any, Any]) -> None:
     """A branch that writes to a variable would do so twice, or be replayed differently: both silently."""
-    after = _variables(module)
+    after = variables(module)
     changed = [path for path in after if after[path] is not before.get(path)]
     if not changed:
         return
@@ -245,7 +290,8 @@ def _refuse_mutation(module: nnx.Module, before: dict[Any, Any]) -> None:
     )
 
 
-def _variables(module: nnx.Module) -> dict[Any, Any]:
+def variables(module: nnx.Module) -> dict[Any, Any]:
+    """The arrays of a module's variables, by path."""
     return {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 

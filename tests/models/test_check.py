@@ -132,3 +132,14 @@ def test_a_whole_decoder_passes_with_its_dropout():
 def test_a_model_without_a_stack_is_an_error():
     with pytest.raises(TypeError, match="Linear holds none"):
         revjax.check(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), X)
+
+
+def test_a_deep_stack_that_keeps_bits_is_not_blamed_for_the_drift_of_float_inverses():
+    stack = revjax.ReversibleStack(Good, num_layers=24, coupling=revjax.NearResidual(4), rngs=nnx.Rngs(0))
+    assert revjax.check(stack, 0.1 * X).ok
+
+
+def test_bdia_is_checked_as_it_trains_and_float_streams_are_not_called_exact():
+    assert report_on(Good, coupling=revjax.BDIA()).ok
+    report = report_on(Good, exact=False)
+    assert report.ok and "float streams drift" in str(report) and "exact; safe" not in str(report)

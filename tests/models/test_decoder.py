@@ -127,7 +127,7 @@ def test_projections_into_the_stream_start_smaller_with_depth():
 def test_96_layers_train():
     config = dataclasses.replace(TINY, num_layers=96, num_kv_heads=None, dtype="bfloat16")
     model = revjax.Decoder(config, rngs=nnx.Rngs(0))
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(optax.linear_schedule(0.0, 3e-3, 10))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
@@ -138,7 +138,7 @@ def test_96_layers_train():
         return optax.apply_updates(params, updates), state, value, report.canary + report.unsafe
 
     state, values = optimizer.init(params), []
-    for _ in range(40):
+    for _ in range(60):
         params, state, value, trouble = step(params, state)
         values.append(float(value))
         assert trouble == 0

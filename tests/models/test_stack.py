@@ -230,3 +230,54 @@ def test_exact_streams_have_no_reconstruction_error_and_float_streams_do():
     assert stack.reconstruction_error(x).shape == (32,) and stack.reconstruction_error(x).max() == 0
     stack.exact = False
     assert stack.reconstruction_error(x)[0] > 1e-4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(coupling=revjax.Residual()), "has no inverse"),
+        (dict(plan="nothin"), "A plan is"),
+        (dict(fraction_bits=31), "fraction_bits must be"),
+        (dict(coupling=revjax.Momentum(0.9)), "no exact arithmetic"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_when_the_stack_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0), **options)
+
+
+def test_booleans_and_strings_stay_what_they_are():
+    class Switch(Mixer):
+        def __call__(self, x, *, train=False):
+            return self.linear(x) if train else 2 * self.linear(x)
+
+    stack = revjax.ReversibleStack(Switch, num_layers=2, rngs=nnx.Rngs(0))
+    assert not jnp.array_equal(stack(X, train=True), stack(X, train=False))
+
+
+def test_state_that_the_loss_would_lose_is_refused():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.stack = revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.dropout(self.stack(x))
+
+    with pytest.raises(MutatedVariableError, match="The loss writes to .*dropout.rngs.count"):
+        revjax.value_and_grad(loss_fn)(Model(), X)
+
+
+def test_a_tape_or_cache_that_no_one_takes_back_is_refused():
+    class Router(Mixer):
+        def __call__(self, x):
+            return self.linear(x), {"tape": jnp.argmax(x, -1)}
+
+    with pytest.raises(TypeError, match="Router returns a tape, but its __call__ does not take one back"):
+        revjax.ReversibleStack(Router, num_layers=2, rngs=nnx.Rngs(0))(X)
+
+
+def test_low_precision_inputs_get_gradients_of_their_own_dtype():
+    stack = revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(stack(2 * x))))(X.astype(jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
