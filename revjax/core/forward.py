@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from .layers import Layers, by_f, given
 from .plan import All, Inputs, Nothing
-from .streams import row_max
 from .trace import Function, is_float
 
 PyTree = Any
@@ -95,7 +94,7 @@ def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, i
         "sum": arithmetic.checksum(q_prev),
         "end_sum": arithmetic.checksum(q_next),
         "unsafe": unsafe,
-        "max_abs": row_max(jnp.abs(arithmetic.decode(q_next))),
+        "max_abs": arithmetic.max_abs(q_next),
     }
     if vjps:
         step_leaves, layers.trees[fn] = jax.tree.flatten(step_vjp(layers, arithmetic.decode(q_prev), args[1], fx, n))

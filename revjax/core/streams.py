@@ -67,16 +67,19 @@ class Exact:
         """Returns x[l+1], the bits that the inverse needs, and how many elements of each row are unsafe."""
         q_next, kept = coupling.forward_exact(self.grid, q_prev, q, fx, n)
         unsafe = coupling.unsafe(self.grid, self.decode(q_prev), self.decode(q), fx, n)
-        return q_next, kept, row_sums(unsafe)
+        return q_next, kept, row_counts(unsafe)
 
     def unstep(self, coupling, q, q_next, fx, kept, n):
         return coupling.inverse_exact(self.grid, q, q_next, fx, kept, n)
 
     def unsafe(self, x):
-        return row_sums(self.grid.unsafe(x))
+        return row_counts(self.grid.unsafe(x))
 
     def checksum(self, q):
         return None if q is None else row_checksums(q)
+
+    def max_abs(self, q):
+        return _by_row(jnp.max, jnp.abs(q)).astype(jnp.float32) * 2.0**-self.grid.fraction_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +102,18 @@ class Float:
         return coupling.inverse(x, x_next, fx, n).astype(x.dtype)
 
     def unsafe(self, x):
-        return row_sums(~jnp.isfinite(x))
+        return row_counts(~jnp.isfinite(x))
 
     def checksum(self, x):
         return None
 
-
-def row_sums(x: jax.Array) -> jax.Array:
-    """Sums over all axes but the first (the batch), in float32; a 1-D array is one row."""
-    return jnp.sum(x, axis=_all_but_rows(x), dtype=jnp.float32)
+    def max_abs(self, x):
+        return _by_row(jnp.max, jnp.abs(x)).astype(jnp.float32)
 
 
-def row_max(x: jax.Array) -> jax.Array:
-    """The largest element of each row, in float32."""
-    return jnp.max(x, axis=_all_but_rows(x)).astype(jnp.float32)
+def row_counts(x: jax.Array) -> jax.Array:
+    """How many elements of each row of booleans are true, in float32."""
+    return _by_row(jnp.sum, x.astype(jnp.int32)).astype(jnp.float32)
 
 
 def row_checksums(q: jax.Array) -> jax.Array:
@@ -120,17 +121,23 @@ def row_checksums(q: jax.Array) -> jax.Array:
 
     By row, so that a batch that is sharded needs no collective for it.
     """
-    axes = _all_but_rows(q)
     place = functools.reduce(
         lambda acc, axis: acc * q.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, q.shape, axis),
-        axes,
+        range(min(1, q.ndim - 1), q.ndim),
         jnp.zeros(q.shape, jnp.uint32),
     )
-    return jnp.sum(q.astype(jnp.uint32) * (2 * place + 1), axis=axes, dtype=jnp.uint32)
+    return _by_row(functools.partial(jnp.sum, dtype=jnp.uint32), q.astype(jnp.uint32) * (2 * place + 1))
 
 
-def _all_but_rows(x: jax.Array) -> tuple[int, ...]:
-    return tuple(range(min(1, x.ndim - 1), x.ndim))
+def _by_row(reduce, x: jax.Array) -> jax.Array:
+    """Reduces all axes but the first (the batch); a 1-D array is one row.
+
+    The last axis comes last and by itself (the barrier keeps XLA from merging the two), so that the large part
+    adds vectors: 2 to 3 times faster on CPU, where sums along a vector are done in turn.
+    """
+    if x.ndim > 2:
+        x = jax.lax.optimization_barrier(reduce(x, axis=tuple(range(1, x.ndim - 1))))
+    return reduce(x, axis=x.ndim - 1)
 
 
 def pack_bits(bits: jax.Array, m: int) -> jax.Array:
