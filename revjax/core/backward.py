@@ -15,6 +15,7 @@ import numpy as np
 from . import forward
 from .chunks import ChunkedFunction
 from .layers import Layers, by_f
+from .pin import opaque_zero
 from .plan import All, Inputs, Nothing
 from .trace import Function, is_float
 from .varying import vary_alike
@@ -77,7 +78,8 @@ def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, u
     x = jax.lax.optimization_barrier(layers.arithmetic.decode(q))
     step_vjp = forward.step_vjp(layers, x, x, jnp.zeros(x.shape, fn.fn.fx_dtype), inputs["number"])
     dx_prev, dx_step, dfx = step_vjp(dcarry[0][1])
-    fx, gradients = fn.evaluate_and_transpose(forward.arguments(shared, closure, x, inputs), dfx)
+    zero = opaque_zero(inputs["layer"])
+    fx, gradients = fn.evaluate_and_transpose(forward.arguments(shared, closure, x, inputs), dfx, zero)
     dcarry, dparams = _collect(layers, fn, dcarry, dx_prev, dx_step, gradients)
     return unstep(jax.lax.optimization_barrier(fx)), dcarry, dparams
 

@@ -67,15 +67,15 @@ class ChunkedFunction:
     def tape_shape(self):
         return None
 
-    def primal(self, args: PyTree) -> PyTree:
+    def primal(self, args: PyTree, zero: jax.Array) -> PyTree:
         _, fx = jax.lax.scan(
-            lambda _, xs: (None, self.fn.primal(self._chunk(args, *xs))[0][0]), None, self._chunks(args)
+            lambda _, xs: (None, self.fn.primal(self._chunk(args, *xs), zero)[0][0]), None, self._chunks(args)
         )
         return (self._join(fx, args[1].shape[1]), None), (None, None)
 
-    def __call__(self, args: PyTree) -> tuple[PyTree, list[jax.Array]]:
+    def __call__(self, args: PyTree, zero: jax.Array) -> tuple[PyTree, list[jax.Array]]:
         def one(_, xs):
-            ((fx, _), _), leaves = self.fn(self._chunk(args, *xs))
+            ((fx, _), _), leaves = self.fn(self._chunk(args, *xs), zero)
             return None, (fx, leaves)
 
         _, (fx, leaves) = jax.lax.scan(one, None, self._chunks(args))
@@ -90,13 +90,13 @@ class ChunkedFunction:
         xs = (jnp.arange(self.num), self._split(cotangents[0]), leaves)
         return self._gradients(*jax.lax.scan(one, self._zeros(args), xs), cotangents[0].shape[1])
 
-    def evaluate_and_transpose(self, args: PyTree, dfx: jax.Array) -> tuple[jax.Array, PyTree]:
+    def evaluate_and_transpose(self, args: PyTree, dfx: jax.Array, zero: jax.Array) -> tuple[jax.Array, PyTree]:
         """Returns f(x) and the gradients, holding the activations of one chunk at a time."""
 
         def one(total, xs):
             x, i, dfx = xs
             chunk = self._chunk(args, x, i)
-            ((fx, _), _), leaves = self.fn(chunk)
+            ((fx, _), _), leaves = self.fn(chunk, zero)
             total, dx = self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
             return total, (fx, dx)
 

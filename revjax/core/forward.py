@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .layers import Layers, by_f, given
+from .pin import opaque_zero
 from .plan import All, Inputs, Nothing
 from .trace import Function, is_float
 
@@ -106,7 +107,8 @@ def evaluate(layers: Layers, fn: Function, shared: dict, closure, q, inputs: dic
     """Runs f at a stream, the same way in both passes; the barriers keep its neighbours from being fused into it."""
     x = jax.lax.optimization_barrier(layers.arithmetic.decode(q))
     args = arguments(shared, closure, x, inputs)
-    ((fx, aux), (tape, cache)), leaves = fn(args) if vjp else (fn.primal(args), None)
+    zero = opaque_zero(inputs["layer"])
+    ((fx, aux), (tape, cache)), leaves = fn(args, zero) if vjp else (fn.primal(args, zero), None)
     return args, jax.lax.optimization_barrier(fx), aux, tape, cache, leaves
 
 

@@ -169,14 +169,14 @@ class Layers:
 
     def layer_inputs(self, i: int, diff: PyTree, rest: PyTree) -> tuple[dict[str, PyTree], ...]:
         """What each layer of run i gets, for each f of its period, with a leading axis of repeats."""
-        sides, _, numbers, caches = rest
+        sides, _, numbers, caches, indices = rest
         period, length = len(self.fns[i]), self.lengths[i]
         start = sum(map(self.num_fns, range(i)))
         of_f = lambda j: jax.tree.map(lambda a: a[start + j : start + period * length : period], numbers)
         return tuple(
             {
                 "params": diff[0][i][j],
-                "layer": jnp.arange(length),
+                "layer": indices[i],
                 "side": sides[i][j],
                 "number": of_f(j),
                 "cache": caches[i][j],

@@ -1,19 +1,24 @@
 """Makes a program give the same bits wherever it is compiled into a larger one.
 
-XLA may leave out a rounding to bf16 between two operations that it fuses ("excess precision"), and
-it fuses differently where the result is also differentiated. A `reduce_precision` says that a rounding
-is meant, and XLA keeps it. Unlike the compiler option `xla_allow_excess_precision=False`, which only the
-outermost `jax.jit` may set, this holds however the caller compiles. So arithmetic in low precision becomes
+f is compiled twice, alone and beside its gradient, and XLA compiles by the neighbourhood. What it may do to
+numbers then, and what stops it, however the caller compiles (seen on CPU; a compiler option could stop the
+first, but only the outermost `jax.jit` may set options):
 
-    y = convert(reduce_precision(op(wide(a), wide(b))))        wide: the same numbers in fp32
+  It leaves out a rounding to bf16 between two operations that it fuses. `reduce_precision` says that the
+  rounding is meant. So arithmetic in low precision becomes fp32 arithmetic that is rounded once,
 
-which rounds once for each operation, as a bf16 processor would, and leaves nothing to round inside an
-operation that XLA takes apart (a logistic function). What only moves numbers needs no rounding.
+      y = convert(reduce_precision(op(wide(a), wide(b))))        wide: the same numbers in fp32
 
-A sum over an axis is the other operation whose bits depend on its company: fused with its producers,
-it is vectorised differently beside different neighbours, and adds in another order (seen on CPU in fp32,
-in 22 of 24 rows of a stack with RMSNorm at width 32). Sums of floats are therefore products with a
-vector of ones, which XLA does not fuse away.
+  which leaves nothing to round inside an operation that XLA takes apart, such as a logistic function.
+
+  It merges a product with the sum that reads it (fused multiply-add: one rounding for two), or a root or
+  quotient with the product that reads it, if nothing else does. Such a result is sealed: its bits go through
+  an `or` with an integer 0 that the compiler cannot know to be 0.
+
+  It adds along an axis in another order, as it vectorises the loop. Sums of floats are products with a
+  vector of ones instead, which XLA does not fuse away.
+
+  It compiles a small loop as one function. `opaque_zero` keeps it from that.
 """
 
 import math
@@ -27,13 +32,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 _ROUNDING = {jnp.dtype("bfloat16"): (8, 7), jnp.dtype("float16"): (5, 10)}  # exponent and mantissa bits
 _HOLDERS = {"pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
-_BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+_LOOPS = {"scan", "while", "cond"}
 
 # Computed in fp32 and rounded once.
 _ARITHMETIC = set(
     "add add_any sub mul div rem pow integer_pow square sqrt rsqrt cbrt exp exp2 expm1 log log1p logistic tanh sin cos "
     "tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv lgamma digamma".split()
 )
+_SUMS = {"add", "add_any", "sub"}
+_ROOTS = {"sqrt", "rsqrt", "cbrt", "exp", "exp2", "log", "pow", "div", "logistic"}  # XLA merges them into products
 # Exact, on numbers that are rounded already; cheap in fp32, so that neighbouring arithmetic needs no conversion.
 _EXACT = set(
     "neg abs sign max min clamp round floor ceil select_n reshape squeeze expand_dims broadcast_in_dim slice".split()
@@ -55,9 +62,21 @@ def pin(f: Callable) -> Callable:
     def pinned(*args):
         leaves, treedef = jax.tree.flatten(args)
         closed, shape = jax.make_jaxpr(lambda *xs: f(*jax.tree.unflatten(treedef, xs)), return_shape=True)(*leaves)
-        return jax.tree.unflatten(jax.tree.structure(shape), evaluate_pinned(closed, leaves))
+        zero = jax.lax.optimization_barrier(jnp.zeros((), jnp.int32))
+        return jax.tree.unflatten(jax.tree.structure(shape), evaluate_pinned(closed, leaves, zero))
 
     return pinned
+
+
+def opaque_zero(layer: jax.Array) -> jax.Array:
+    """An int32 0 that the compiler cannot know to be 0, from the index of a loop over layers.
+
+    On CPU it comes out of a sort. XLA may compile a loop that only does arithmetic as one function, with other
+    roundings than where each operation is one; a loop that sorts it leaves alone (SmallWhileLoopHoistingPass).
+    """
+    zero = layer & 2**30
+    sort = lambda zero, layer: jnp.sort(jnp.stack([zero, layer]))[0]
+    return jax.lax.platform_dependent(zero, layer, cpu=sort, default=lambda zero, layer: zero)
 
 
 def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
@@ -65,9 +84,12 @@ def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     return _run(closed.jaxpr, closed.consts, args, lambda eqn, args: _bind(eqn, args, eqn.params))
 
 
-def evaluate_pinned(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Runs a jaxpr with every low-precision result rounded; custom derivatives do not survive."""
-    return _run(closed.jaxpr, closed.consts, args, _Pinned())
+def evaluate_pinned(closed: ClosedJaxpr, args: Sequence[Any], zero: jax.Array) -> list[Any]:
+    """Runs a jaxpr with every result rounded; custom derivatives do not survive.
+
+    `zero` is an int32 0 that the compiler cannot know to be 0.
+    """
+    return _run(closed.jaxpr, closed.consts, args, _Pinned(closed.jaxpr, zero))
 
 
 def _run(jaxpr: Jaxpr, consts, args, apply: Callable[[Any, list], list]) -> list[Any]:
@@ -79,23 +101,52 @@ def _run(jaxpr: Jaxpr, consts, args, apply: Callable[[Any, list], list]) -> list
     return [read(v) for v in jaxpr.outvars]
 
 
+def _inner(eqn) -> tuple[Jaxpr, Sequence[Any]]:
+    jaxpr = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+
+
+def _read_by(jaxpr: Jaxpr, readers: set[str], found: set) -> set:
+    """Adds to `found` the variables that operations named in `readers` read, directly or moved."""
+    for eqn in reversed(jaxpr.eqns):
+        name = eqn.primitive.name
+        if name in _HOLDERS:
+            inner, _ = _inner(eqn)
+            found |= _variables(v for v, out in zip(inner.outvars, eqn.outvars, strict=True) if out in found)
+            _read_by(inner, readers, found)
+            found |= _variables(v for v, arg in zip(eqn.invars, inner.invars, strict=True) if arg in found)
+        elif name in readers or (name in _EXACT | _MOVES and any(v in found for v in eqn.outvars)):
+            found |= _variables(eqn.invars)
+    return found
+
+
+def _variables(atoms) -> set:
+    return {v for v in atoms if not isinstance(v, Literal)}
+
+
 class _Pinned:
     """Applies operations one by one, and remembers which arrays are rounded.
 
     Arrays are known by their id; they are held as well, so that no id is used again.
     """
 
-    def __init__(self):
+    def __init__(self, jaxpr: Jaxpr, zero):
+        self.zero = zero
+        self.added = _read_by(jaxpr, _SUMS, set())
+        self.multiplied = _read_by(jaxpr, _ARITHMETIC - _SUMS, set())
         self.wide: dict[int, tuple[Any, Any]] = {}  # a rounded low-precision array, and the same numbers in fp32
         self.reduced: dict[int, tuple[Any, tuple]] = {}  # an fp32 array, and the bits that it was reduced to
 
     def __call__(self, eqn, args: list) -> list[Any]:
         name, params = eqn.primitive.name, eqn.params
         if name in _HOLDERS:
-            inner, consts = _open(params.get("jaxpr") or params.get("call_jaxpr"))
+            inner, consts = _inner(eqn)
             return _run(inner, consts, args, self)
         if name == "reduce_sum" and _is_float(args[0]):
             return [self._round(_sum(args[0], params["axes"]))]
+        if name == "reduce_window_sum" and _is_of_whole_axes(args[0], **params):
+            axes = [i for i, size in enumerate(params["window_dimensions"]) if size > 1]
+            return [self._round(jnp.expand_dims(_sum(args[0], axes), axes))]
         if name == "dot_general" and _is_row_by_row(*args, **params):
             return [self._round(_row_by_row(*args, **params))]
         if name == "convert_element_type" and {args[0].dtype, params["new_dtype"]} & _ROUNDING.keys():
@@ -104,11 +155,44 @@ class _Pinned:
             (y,) = _bind(eqn, [self._widen(a) for a in args], params)
             rounded = name in _EXACT and self._are_rounded(args)
             return [self._narrow(y, eqn.outvars[0].aval.dtype, rounded=rounded)]
-        outs = _bind(eqn, args, _pin_bodies(eqn))
+        outs = self._loop(name, params, args) if name in _LOOPS else _bind(eqn, args, params)
+        if name in _ARITHMETIC - _SUMS and (
+            eqn.outvars[0] in self.added or (name in _ROOTS and eqn.outvars[0] in self.multiplied)
+        ):
+            return [self._seal(outs[0])]
         if name == "reduce_precision":
             self.reduced[id(outs[0])] = outs[0], (params["exponent_bits"], params["mantissa_bits"])
         rounded = name in _MOVES and self._are_rounded(args)
         return [self._round(y, rounded=rounded) for y in outs]
+
+    def _seal(self, x):
+        """fp32 (or fp64), rounded: not to be merged with what follows."""
+        ints = {4: jnp.uint32, 8: jnp.uint64}.get(x.dtype.itemsize)
+        if not _is_float(x) or ints is None:
+            return x
+        zeros = jnp.broadcast_to(self.zero.astype(ints), x.shape)
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, ints) | zeros, x.dtype)
+
+    def _loop(self, name: str, params: dict[str, Any], args: list) -> list:
+        """An operation that runs other programs, with those programs pinned."""
+        run = lambda closed, *groups: evaluate_pinned(closed, [x for group in groups for x in group], self.zero)
+        if name == "cond":
+            index, *operands = args
+            branches = [lambda *xs, branch=branch: run(branch, xs) for branch in params["branches"]]
+            return jax.lax.switch(index, branches, *operands)
+        if name == "while":
+            n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+            goes_on = lambda carry: run(params["cond_jaxpr"], args[:n], carry)[0]
+            return jax.lax.while_loop(goes_on, lambda carry: run(params["body_jaxpr"], args[n:m], carry), args[m:])
+        n, m = _scan_sizes(params)
+
+        def body(carry, xs):
+            outs = run(params["jaxpr"], args[:n], carry, xs)
+            return outs[: len(carry)], outs[len(carry) :]
+
+        how = {name: params[name] for name in ("length", "reverse", "unroll")}
+        carry, ys = jax.lax.scan(body, args[n : n + m], args[n + m :], **how)
+        return [*carry, *ys]
 
     def _convert(self, x, dtype):
         if dtype == jnp.float32:
@@ -138,10 +222,6 @@ class _Pinned:
         return self._narrow(jnp.asarray(x).astype(jnp.float32), x.dtype, rounded=rounded) if _bits(x) else x
 
 
-def _open(jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
-
-
 def _bind(eqn, args, params: Any) -> list[Any]:
     bound: Any = eqn.primitive.get_bind_params(params)  # (functions, params), or only params in newer jax
     functions, params = bound if isinstance(bound, tuple) and len(bound) == 2 else ((), bound)
@@ -149,21 +229,12 @@ def _bind(eqn, args, params: Any) -> list[Any]:
     return outs if eqn.primitive.multiple_results else [outs]
 
 
-def _pin_bodies(eqn) -> dict[str, Any]:
-    """The parameters of an operation that runs other programs, with those programs pinned."""
-    pinned = {
-        name: jax.tree.map(_pin_jaxpr, eqn.params[name], is_leaf=_is_jaxpr)
-        for name in _BODIES.get(eqn.primitive.name, ())
-    }
-    return eqn.params | pinned
-
-
-def _is_jaxpr(x) -> bool:
-    return isinstance(x, ClosedJaxpr)
-
-
-def _pin_jaxpr(closed: ClosedJaxpr) -> ClosedJaxpr:
-    return jax.make_jaxpr(lambda *args: evaluate_pinned(closed, args))(*closed.in_avals)
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carried values a scan has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12
+    return len(consts.vals), len(carry.vals)
 
 
 def _sum(x, axes: Sequence[int]):
@@ -178,6 +249,14 @@ def _sum(x, axes: Sequence[int]):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     total = jnp.matmul(rows, ones, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
     return total.astype(x.dtype).reshape(kept)
+
+
+def _is_of_whole_axes(x, *, window_dimensions, window_strides, padding, base_dilation, window_dilation) -> bool:
+    """A sum over windows that is a sum over axes."""
+    windows = zip(window_dimensions, window_strides, x.shape, strict=True)
+    whole = all(w == size or w == stride == 1 for w, stride, size in windows)
+    dense = not any(map(any, padding)) and {*base_dilation, *window_dilation} == {1}
+    return whole and dense and max(window_dimensions) > 1 and _is_float(x)
 
 
 def _is_row_by_row(a, b, *, dimension_numbers, **_) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import backward, forward
 from .coupling import AbstractCoupling, RevNet
@@ -176,7 +177,7 @@ class Problem:
     Attributes:
       diff: (parameters, context, closures), their floats; `rest` holds the others.
       streams: those to start from, floats.
-      rest: the non-floats of `diff`, and (sides, shared, numbers, caches).
+      rest: the non-floats of `diff`, and (sides, shared, numbers, caches, indices).
       run_of_piece: the run that each of the layers' runs is a piece of.
     """
 
@@ -209,7 +210,19 @@ def prepare(runs, x, *, coupling, plan, shared, context, exact, fraction_bits, c
     diff, other = partition((params, context, vary_alike(layers.closures, like=streams)))
     caches = tuple(run.cache_L for run in runs)
     has_cache = bool(jax.tree.leaves(caches))
-    return Problem(layers, diff, streams, (other, (*sides, numbers, caches)), has_cache, run_of_piece)
+    indices = tuple(_indices(run.length) for run in runs)
+    return Problem(layers, diff, streams, (other, (*sides, numbers, caches, indices)), has_cache, run_of_piece)
+
+
+def _indices(length: int) -> jax.Array:
+    """Which repeat it is: int32, (length,); a number that is not known before the program runs.
+
+    The counter of a loop is such a number, but a loop that runs once is none when it is compiled. Nothing is random
+    about the 0 that is drawn then, but a compiler does not foresee it.
+    """
+    if length > 1:
+        return jnp.arange(length, dtype=jnp.int32)
+    return jax.lax.rng_uniform(np.float32(0), np.float32(1), (1,)).astype(jnp.int32)
 
 
 def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:

@@ -45,13 +45,13 @@ class Function:
     fx_dtype: Any
     has_extras: bool
 
-    def primal(self, args: PyTree) -> PyTree:
+    def primal(self, args: PyTree, zero: jax.Array) -> PyTree:
         """Returns ((fx, aux), (tape, cache))."""
-        return self(args)[0]
+        return self(args, zero)[0]
 
-    def __call__(self, args: PyTree) -> tuple[PyTree, list[jax.Array]]:
-        """Returns ((fx, aux), (tape, cache)) and the new leaves of its vjp."""
-        outs = evaluate_pinned(self.program, jax.tree.leaves(args))
+    def __call__(self, args: PyTree, zero: jax.Array) -> tuple[PyTree, list[jax.Array]]:
+        """Returns ((fx, aux), (tape, cache)) and the new leaves of its vjp. `zero`: see `evaluate_pinned`."""
+        outs = evaluate_pinned(self.program, jax.tree.leaves(args), zero)
         new = [leaf for leaf, i in zip(outs[self.num_out :], self.forwarded, strict=True) if i is None]
         return jax.tree.unflatten(self.out_tree, outs[: self.num_out]), new
 

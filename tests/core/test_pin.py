@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from revjax.core import NearResidual, Run, pin, reversible_scan
 
@@ -86,3 +87,12 @@ def test_a_pinned_sum_is_the_sum():
     dot = lambda a, b: jnp.einsum("abc,cab->a", a, b)
     assert jnp.allclose(pin(dot)(x, x.transpose(2, 0, 1)), dot(x, x.transpose(2, 0, 1)), atol=1e-5)
     assert pin(lambda x: jnp.sum(x, 0))(jnp.zeros((0, 3))).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_window_as_long_as_its_axis_is_a_sum_over_the_axis():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 5))
+    window = lambda *size: lambda x: jax.lax.reduce_window(x, np.float32(0), jax.lax.add, size, (1, 1, 1), "VALID")
+    for size in ((1, 8, 1), (1, 8, 5), (2, 1, 5)):
+        assert "reduce_window" not in str(jax.make_jaxpr(pin(window(*size)))(x))
+        assert jnp.allclose(pin(window(*size))(x), window(*size)(x), atol=1e-5)
+    assert "reduce_window" in str(jax.make_jaxpr(pin(window(1, 3, 1)))(x))
