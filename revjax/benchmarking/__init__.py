@@ -1,8 +1,10 @@
-"""Claims, measured beside their rivals in one run: exactness, memory, speed."""
+"""Claims, measured beside their rivals in one run: exactness, gradients, memory, speed."""
 
 from .exactness import EXACT_COUPLINGS as EXACT_COUPLINGS
 from .exactness import ExactnessConfig as ExactnessConfig
 from .exactness import exactness as exactness
+from .gradients import GradientsConfig as GradientsConfig
+from .gradients import gradients as gradients
 from .memory import MemoryConfig as MemoryConfig
 from .memory import memory as memory
 from .speed import SpeedConfig as SpeedConfig

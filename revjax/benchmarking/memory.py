@@ -13,6 +13,8 @@ from flax import nnx
 
 from ..memory import activation_memory, residual_stack, temp_bytes
 from ..models import Decoder, DecoderConfig, value_and_grad
+from ..nn import flash_attention
+from ..training import OptimizerConfig, init_state, make_optimizer, make_train_step, split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,3 +66,48 @@ def memory(config: MemoryConfig) -> dict[str, int | str]:
         "checkpoint": temp_bytes(functools.partial(theirs, remat=True), model, x),
         "stored": temp_bytes(functools.partial(theirs, remat=False), model, x),
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStepConfig(MemoryConfig):
+    """The whole training step of a decoder: gradient, clipping, AdamW, in place of the old state."""
+
+
+def train_step(config: TrainStepConfig) -> dict[str, int | str]:
+    """Temporary bytes of the step, beside those of the gradient alone and of one copy of the parameters.
+
+    The state is donated: new parameters and moments take the place of the old ones. The step is over in
+    `temporary - gradient` by what the optimizer holds at its peak: gradients, and updates on their way.
+    """
+    model = nnx.eval_shape(lambda: Decoder(config.decoder(), rngs=nnx.Rngs(0)))
+    skeleton, params = split(model)
+    optimizer = make_optimizer(OptimizerConfig(), 1000)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
+
+    def loss(model, rows, key):
+        return model.loss(rows[:, :-1], rows[:, 1:], key=key)
+
+    step = make_train_step(skeleton, loss, optimizer)
+    return dataclasses.asdict(config) | {
+        "temporary": temp_bytes(step, state, rows, donate_argnums=0),
+        "gradient": activation_memory(config.decoder(), config.batch_size, config.sequence_length)["reversible"],
+        "parameters": sum(4 * p.size for p in jax.tree.leaves(params)),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Causal attention by itself, with its gradient."""
+
+    sequence_length: int
+    num_heads: int = 4
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+
+
+def attention(config: AttentionConfig) -> dict[str, int | str]:
+    """Temporary bytes of the gradient of blockwise attention."""
+    x = jax.ShapeDtypeStruct((1, config.sequence_length, config.num_heads, config.head_dim), jnp.dtype(config.dtype))
+    loss = lambda q, k, v: jnp.mean(flash_attention(q, k, v, causal=True).astype(jnp.float32) ** 2)
+    return dataclasses.asdict(config) | {"temporary": temp_bytes(jax.grad(loss, (0, 1, 2)), x, x, x)}

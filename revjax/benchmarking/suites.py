@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
-from .memory import MemoryConfig, memory
+from .gradients import GradientsConfig, gradients
+from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
 from .speed import SpeedConfig, speed
 
 _LONG: dict[str, Any] = dict(num_layers=96, d_model=128, sequence_length=128, batch_size=1)
@@ -22,6 +23,22 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
         + [ExactnessConfig(coupling=c, steps=200, **_LONG) for c in EXACT_COUPLINGS]
         + [ExactnessConfig(coupling=c, steps=200, drift=False, **_WIDE) for c in ("revnet", "near-residual:1")]
         + [ExactnessConfig(coupling=c, dtype="float32", **_LONG) for c in ("revnet", "near-residual:1", "bdia:1")],
+    ),
+    "gradients": (
+        gradients,
+        [
+            GradientsConfig(coupling=c, dtype=dtype, num_layers=12, d_model=128, sequence_length=128, batch_size=2)
+            for dtype in ("float32", "bfloat16")
+            for c in ("revnet", "leapfrog:0.5", "momentum:0.25", "near-residual:1", "near-residual:4", "bdia:1")
+        ],
+    ),
+    "attention": (attention, [AttentionConfig(sequence_length=t) for t in (4096, 8192, 16_384)]),
+    "train-step": (
+        train_step,
+        [
+            TrainStepConfig(num_layers=n, d_model=512, sequence_length=2048, batch_size=1, vocab_size=32_000)
+            for n in (12, 48)
+        ],
     ),
     "memory": (
         memory,

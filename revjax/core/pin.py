@@ -22,7 +22,7 @@ first, but only the outermost `jax.jit` may set options):
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ def _inner(eqn) -> tuple[Jaxpr, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
 
 
-def _read_by(jaxpr: Jaxpr, readers: set[str], found: set) -> set:
+def _read_by(jaxpr: Jaxpr, readers: Collection[str], found: set) -> set:
     """Adds to `found` the variables that operations named in `readers` read, directly or moved."""
     for eqn in reversed(jaxpr.eqns):
         name = eqn.primitive.name

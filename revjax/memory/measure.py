@@ -12,12 +12,13 @@ from ..models.gradients import value_and_grad
 from .baseline import checkpoint_loss, stored_loss
 
 
-def temp_bytes(f: Callable, *args) -> int:
+def temp_bytes(f: Callable, *args, donate_argnums: int | tuple[int, ...] = ()) -> int:
     """The temporary bytes of `f` as XLA compiles it for this device: what exists beside inputs and outputs.
 
-    `args` may be abstract (jax.ShapeDtypeStruct), so nothing is allocated.
+    `args` may be abstract (jax.ShapeDtypeStruct), so nothing is allocated. Outputs take the place of
+    arguments in `donate_argnums`.
     """
-    analysis = jax.jit(f).lower(*args).compile().memory_analysis()
+    analysis = jax.jit(f, donate_argnums=donate_argnums).lower(*args).compile().memory_analysis()
     assert analysis is not None, "XLA tells no memory on this backend"
     return analysis.temp_size_in_bytes
 
