@@ -55,7 +55,15 @@ def test_a_run_leaves_what_it_says(finished):
     config, _, result = finished
     folder = config.run.path
     names = {p.name for p in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "validation.jsonl", "checkpoints", "loss.png", "sample.txt"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "validation.jsonl",
+        "checkpoints",
+        "loss.png",
+        "sample.txt",
+        ".lock",
+    }
     assert load(RunConfig, folder / "config.yaml", environ={}) == config
     assert re.match(r"# revjax .*, jax .*, Python .*, cpu\n", (folder / "config.yaml").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -196,3 +204,22 @@ def test_a_vocabulary_that_does_not_hold_the_text_is_refused(text, tmp_path):
     with pytest.raises(DataError, match="has the byte 117, .* Set --model.vocab_size=256"):
         experiment.build(configure(text, tmp_path, "--model.vocab_size=110", "--training.sample_prompt=aa"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_do_not_train_in_one_folder(text, tmp_path):
+    config = configure(text, tmp_path)
+    first, second = experiment.build(config), experiment.build(config)
+    first.folder.claim("")
+    with pytest.raises(RunFolderError, match="Another process is training in .*--run.name=a-2"):
+        experiment.run(second)
+    assert {p.name for p in config.run.path.iterdir()} == {".lock", "config.yaml"}
+    first.folder.release()
+
+
+def test_a_run_that_went_on_meanwhile_is_left_alone(text, tmp_path):
+    config = configure(text, tmp_path)
+    first, second = experiment.build(config), experiment.build(config)
+    experiment.run(first)
+    with pytest.raises(RunFolderError, match="stood at step 0 .* is now at step 10"):
+        experiment.run(second)
+    assert len(read_metrics(config.run.path / "metrics.jsonl")) == 10

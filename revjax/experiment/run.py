@@ -10,6 +10,7 @@ import jax
 
 from ..checkpoint import Checkpointer
 from ..data import validation_batches
+from ..errors import RunFolderError
 from ..training import MetricsLog, Outcome, StopRequest, TrainState, mean_loss, plot_losses, train
 from .build import Experiment
 from .config import RunConfig, SampleConfig
@@ -47,6 +48,7 @@ def run(experiment: Experiment) -> Result:
         return Result(outcome, 0.0, _write_sample(experiment, outcome.state), folder.path)
     folder.claim(f"{versions()}, {jax.default_backend()}")
     try:
+        _refuse_stale(experiment)
         with (
             StopRequest() as stop_request,
             Checkpointer(
@@ -68,10 +70,23 @@ def run(experiment: Experiment) -> Result:
     except BaseException:
         folder.give_up()
         raise
+    finally:
+        folder.release()
     seconds = time.perf_counter() - started
     plot_losses(folder.path, title=_title(config))
     sample = None if outcome.ended == "interrupted" else _write_sample(experiment, outcome.state)
     return Result(outcome, seconds, sample, folder.path)
+
+
+def _refuse_stale(experiment: Experiment) -> None:
+    """Another process may have trained here between `build` and now."""
+    with Checkpointer(experiment.folder.checkpoints) as checkpointer:
+        latest = checkpointer.latest_step() or 0
+    if latest != experiment.start_step:
+        raise RunFolderError(
+            f"{experiment.folder.path} stood at step {experiment.start_step} when this process read it, and is now at "
+            f"step {latest}: another process trained there. Start again, and it goes on from there."
+        )
 
 
 def _evaluation(experiment: Experiment):

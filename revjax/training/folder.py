@@ -3,9 +3,11 @@
 config.yaml         as resolved, with the versions that it was started with
 metrics.jsonl       one line for each step            validation.jsonl   one for each evaluation
 checkpoints/STEP    the latest few                    loss.png, sample.txt
+.lock               held by the process that trains here
 """
 
 import dataclasses
+import errno
 import pathlib
 import shutil
 from collections.abc import Collection
@@ -14,6 +16,11 @@ from typing import Any
 from ..config import dump, load
 from ..errors import ConfigError, RunFolderError
 from .metrics import read_metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nothing keeps two processes apart
+    fcntl = None
 
 
 class RunFolder:
@@ -30,7 +37,8 @@ class RunFolder:
     def __init__(self, path: pathlib.Path, config: Any, *, ignore: Collection[str] = ()):
         self.path, self.config = path, config
         self.checkpoints = path / "checkpoints"
-        self.is_new = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        self.is_new = not path.exists() or (path.is_dir() and not any(p.name != ".lock" for p in path.iterdir()))
+        self._lock: Any = None
         if not self.is_new:
             self._check_same(ignore)
 
@@ -48,22 +56,47 @@ class RunFolder:
             )
 
     def claim(self, header: str) -> None:
-        """Makes the folder and writes config.yaml, below `header` as a comment; leaves a run that is there alone."""
-        if not self.is_new:
-            return
+        """Makes the folder and writes config.yaml, below `header` as a comment; leaves a run that is there alone.
+
+        Until `release`, or the end of the process, no other process can claim it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            text = "".join(f"# {line}\n" for line in header.splitlines()) + dump(self.config)
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
+            self._lock = _locked(self.path / ".lock")
+            if self.is_new:
+                text = "".join(f"# {line}\n" for line in header.splitlines()) + dump(self.config)
+                (self.path / "config.yaml").write_text(text, encoding="utf-8")
         except OSError as e:
             raise RunFolderError(
                 f"Cannot write to {self.path}: {e.strerror}. Set run.folder to another place."
             ) from None
 
+    def release(self) -> None:
+        """Lets another process claim the folder."""
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
+
     def give_up(self) -> None:
         """Deletes the folder if this run made it and no step was made."""
         if self.is_new and not read_metrics(self.path / "metrics.jsonl") and not self.checkpoints.exists():
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _locked(path: pathlib.Path) -> Any:
+    """The file at `path`, open and locked; raises `RunFolderError` if another process has locked it."""
+    file = path.open("a")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            raise RunFolderError(
+                f"Another process is training in {path.parent}. Wait until it ends, or give this run another name, "
+                f"--run.name={path.parent.name}-2."
+            ) from None
+    return file  # a file system without locks (some network mounts) gives none
 
 
 def read_config(path: pathlib.Path, schema: type) -> Any:
