@@ -15,7 +15,7 @@ import numpy as np
 from . import forward
 from .chunks import ChunkedFunction
 from .layers import Layers, by_f
-from .pin import opaque_zero
+from .pin import opaque_zero, pinned
 from .plan import All, Inputs, Nothing
 from .trace import Function, is_float
 from .varying import vary_alike
@@ -65,7 +65,8 @@ def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_
             q_prev = unstep(fx)
             x_prev = layers.arithmetic.decode(q_prev)
             step_vjp = forward.step_vjp(layers, x_prev, args[1], fx, inputs["number"])
-            dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux)
+            zero = opaque_zero(inputs["layer"])
+            dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux, zero)
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
     return _reverse_scan(
@@ -115,7 +116,7 @@ def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
     leaves, step_leaves = inputs["vjp"]
     step_vjp = jax.tree.unflatten(layers.trees[fn], step_leaves)
     args = forward.arguments(shared, closure, np.zeros(()), inputs)  # x is among the leaves
-    dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux)
+    dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux, opaque_zero(inputs["layer"]))
     return dcarry, (dparams, jnp.zeros(()))
 
 
@@ -132,10 +133,17 @@ def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
     return jax.lax.scan(unlayer, carry, xs_L, reverse=True, length=length)
 
 
-def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux):
-    """Cotangents through one step and one f. Returns those of the streams and of what is shared, and dparams."""
-    dx_prev, dx_step, dfx = step_vjp(dcarry[0][1])
-    return _collect(layers, fn, dcarry, dx_prev, dx_step, fn.transpose(args, leaves, (dfx, daux)))
+def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux, zero):
+    """Cotangents through one step and one f. Returns those of the streams and of what is shared, and dparams.
+
+    Pinned, so that gradients have the same bits whatever else a backward pass does: rebuild, recompute or read.
+    """
+
+    def pull(dcarry, daux):
+        dx_prev, dx_step, dfx = step_vjp(dcarry[0][1])
+        return _collect(layers, fn, dcarry, dx_prev, dx_step, fn.transpose(args, leaves, (dfx, daux)))
+
+    return pinned(pull, zero)(dcarry, daux)
 
 
 def _collect(layers: Layers, fn: Function | ChunkedFunction, dcarry, dx_prev, dx_step, gradients):

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .pin import pinned
 from .trace import Function, split
 from .varying import vary_alike
 
@@ -97,7 +98,8 @@ class ChunkedFunction:
             x, i, dfx = xs
             chunk = self._chunk(args, x, i)
             ((fx, _), _), leaves = self.fn(chunk, zero)
-            total, dx = self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
+            add = lambda total, dfx: self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
+            total, dx = pinned(add, zero)(total, dfx)
             return total, (fx, dx)
 
         total, (fx, dx) = jax.lax.scan(one, self._zeros(args), (*self._chunks(args), self._split(dfx)))

@@ -21,7 +21,6 @@ first, but only the outermost `jax.jit` may set options):
   It compiles a small loop as one function. `opaque_zero` keeps it from that.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -53,19 +52,23 @@ _MOVES = set(
 
 
 def pin(f: Callable) -> Callable:
-    """Returns `f` with every low-precision intermediate result rounded exactly once.
+    """Returns `f` with every intermediate result rounded exactly once, and in an order of its own.
 
     The bodies of scans, loops and conditions are pinned as well. Custom derivatives do not survive:
     pin a function that is already differentiated, `pin(lambda *xs: jax.vjp(f, *xs))`.
     """
+    return lambda *args: pinned(f, jax.lax.optimization_barrier(jnp.zeros((), jnp.int32)))(*args)
 
-    def pinned(*args):
+
+def pinned(f: Callable, zero: jax.Array) -> Callable:
+    """As `pin`, with a 0 that the compiler cannot know to be 0 (`opaque_zero`), which `pin` can only hope for."""
+
+    def run(*args):
         leaves, treedef = jax.tree.flatten(args)
         closed, shape = jax.make_jaxpr(lambda *xs: f(*jax.tree.unflatten(treedef, xs)), return_shape=True)(*leaves)
-        zero = jax.lax.optimization_barrier(jnp.zeros((), jnp.int32))
         return jax.tree.unflatten(jax.tree.structure(shape), evaluate_pinned(closed, leaves, zero))
 
-    return pinned
+    return run
 
 
 def opaque_zero(layer: jax.Array) -> jax.Array:
@@ -242,13 +245,11 @@ def _sum(x, axes: Sequence[int]):
     axes = tuple(axes)
     if not axes or x.size == 0:
         return jnp.sum(x, axes)
-    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    kept = x.shape[: x.ndim - len(axes)]
-    rows = x.reshape(math.prod(kept), -1)
-    ones = jnp.ones((rows.shape[1], 1), x.dtype)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    total = jnp.matmul(rows, ones, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
-    return total.astype(x.dtype).reshape(kept)
+    ones = jnp.ones((*(x.shape[i] for i in axes), 1), x.dtype)
+    dims = ((axes, tuple(range(len(axes)))), ((), ()))
+    wide, highest = jnp.promote_types(x.dtype, jnp.float32), jax.lax.Precision.HIGHEST
+    total = jax.lax.dot_general(x, ones, dims, precision=highest, preferred_element_type=wide)
+    return jnp.squeeze(total, -1).astype(x.dtype)
 
 
 def _is_of_whole_axes(x, *, window_dimensions, window_strides, padding, base_dilation, window_dilation) -> bool:
