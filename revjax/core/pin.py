@@ -135,12 +135,19 @@ class _Pinned:
 
     def __init__(self, jaxpr: Jaxpr, zero):
         self.zero = zero
+        self.constant: dict[int, Any] = {}  # what depends on no argument
         self.added = _read_by(jaxpr, _SUMS, set())
         self.multiplied = _read_by(jaxpr, _ARITHMETIC - _SUMS, set())
         self.wide: dict[int, tuple[Any, Any]] = {}  # a rounded low-precision array, and the same numbers in fp32
         self.reduced: dict[int, tuple[Any, tuple]] = {}  # an fp32 array, and the bits that it was reduced to
 
     def __call__(self, eqn, args: list) -> list[Any]:
+        outs = self._apply(eqn, args)
+        if self._are_constant(args):
+            self.constant |= {id(y): y for y in outs}
+        return outs
+
+    def _apply(self, eqn, args: list) -> list[Any]:
         name, params = eqn.primitive.name, eqn.params
         if name in _HOLDERS:
             inner, consts = _inner(eqn)
@@ -159,14 +166,17 @@ class _Pinned:
             rounded = name in _EXACT and self._are_rounded(args)
             return [self._narrow(y, eqn.outvars[0].aval.dtype, rounded=rounded)]
         outs = self._loop(name, params, args) if name in _LOOPS else _bind(eqn, args, params)
-        if name in _ARITHMETIC - _SUMS and (
-            eqn.outvars[0] in self.added or (name in _ROOTS and eqn.outvars[0] in self.multiplied)
-        ):
+        if self._is_sealed(name, eqn.outvars[0], args):
             return [self._seal(outs[0])]
         if name == "reduce_precision":
             self.reduced[id(outs[0])] = outs[0], (params["exponent_bits"], params["mantissa_bits"])
         rounded = name in _MOVES and self._are_rounded(args)
         return [self._round(y, rounded=rounded) for y in outs]
+
+    def _is_sealed(self, name: str, out, args) -> bool:
+        if name not in _ARITHMETIC - _SUMS or self._are_constant(args):
+            return False  # constants (rotary angles) are the same in all layers, and XLA computes them once
+        return out in self.added or (name in _ROOTS and out in self.multiplied)
 
     def _seal(self, x):
         """fp32 (or fp64), rounded: not to be merged with what follows."""
@@ -204,6 +214,9 @@ class _Pinned:
             rounded = id(x) in self.reduced and self.reduced[id(x)][1] == _ROUNDING[dtype]
             return self._narrow(x, dtype, rounded=rounded)
         return self._round(jax.lax.convert_element_type(x, dtype))
+
+    def _are_constant(self, args) -> bool:
+        return all(id(a) in self.constant or not isinstance(a, Tracer) for a in args)
 
     def _are_rounded(self, args) -> bool:
         return all(id(a) in self.wide or not isinstance(a, Tracer) for a in args if _bits(a))
