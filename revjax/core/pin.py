@@ -161,21 +161,23 @@ class _Pinned:
             return [self._round(_row_by_row(*args, **params))]
         if name == "convert_element_type" and {args[0].dtype, params["new_dtype"]} & _ROUNDING.keys():
             return [self._convert(args[0], params["new_dtype"])]
-        if _bits(eqn.outvars[0].aval) and name in _ARITHMETIC | _EXACT:
+        if name in _ARITHMETIC | _EXACT and _bits(eqn.outvars[0].aval):
             (y,) = _bind(eqn, [self._widen(a) for a in args], params)
             rounded = name in _EXACT and self._are_rounded(args)
             return [self._narrow(y, eqn.outvars[0].aval.dtype, rounded=rounded)]
         outs = self._loop(name, params, args) if name in _LOOPS else _bind(eqn, args, params)
-        if self._is_sealed(name, eqn.outvars[0], args):
+        if self._is_sealed(eqn, args):
             return [self._seal(outs[0])]
         if name == "reduce_precision":
             self.reduced[id(outs[0])] = outs[0], (params["exponent_bits"], params["mantissa_bits"])
         rounded = name in _MOVES and self._are_rounded(args)
         return [self._round(y, rounded=rounded) for y in outs]
 
-    def _is_sealed(self, name: str, out, args) -> bool:
+    def _is_sealed(self, eqn, args) -> bool:
+        name = eqn.primitive.name
         if name not in _ARITHMETIC - _SUMS or self._are_constant(args):
             return False  # constants (rotary angles) are the same in all layers, and XLA computes them once
+        (out,) = eqn.outvars
         return out in self.added or (name in _ROOTS and out in self.multiplied)
 
     def _seal(self, x):

@@ -96,3 +96,17 @@ def test_a_window_as_long_as_its_axis_is_a_sum_over_the_axis():
         assert "reduce_window" not in str(jax.make_jaxpr(pin(window(*size)))(x))
         assert jnp.allclose(pin(window(*size))(x), window(*size)(x), atol=1e-5)
     assert "reduce_window" in str(jax.make_jaxpr(pin(window(1, 3, 1)))(x))
+
+
+def test_what_returns_nothing_runs_as_well():
+    """jax.debug.print in a residual function, say: in the forward pass, and where f is run again."""
+    seen = []
+
+    def f(w, x):
+        jax.debug.callback(lambda total: seen.append(float(total)), x.sum())
+        return w * jnp.tanh(x)
+
+    run = lambda w: reversible_scan(Run(f, w), jnp.ones((1, 2))).last.sum()
+    jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones((3, 1, 1))))
+    jax.effects_barrier()
+    assert len(seen) >= 6
