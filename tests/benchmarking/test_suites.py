@@ -2,7 +2,11 @@
 
 import json
 
-from revjax.benchmarking import SUITES, MemoryConfig, memory, run_suite
+import numpy as np
+
+from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, run_suite
+from revjax.benchmarking.gradients import distance, unequal
+from revjax.benchmarking.memory import AttentionConfig, TrainStepConfig, attention, train_step
 from revjax.cli import main
 
 TINY = MemoryConfig(num_layers=2, d_model=64, sequence_length=16, batch_size=1)
@@ -21,3 +25,18 @@ def test_an_unknown_suite_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["benchmark", "sped"]) == 2
     assert "Did you mean 'speed'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_gradients_are_compared_with_the_stored_run_and_its_own_floor():
+    sizes = dict(num_layers=2, d_model=32, sequence_length=16, batch_size=1)
+    row = gradients(GradientsConfig(coupling="near-residual:1", dtype="bfloat16", **sizes))
+    assert row["to_stored"] == row["to_stored_unequal"] == row["canary"] == 0 and row["losses_equal"] == 1
+    a, b = {"w": np.array([1.0, 2.0])}, {"w": np.array([1.0, 4.0])}
+    assert unequal(a, b) == 0.5 and distance(a, b) > 0.4
+
+
+def test_a_training_step_holds_more_than_its_gradient_and_attention_grows_with_its_length():
+    row = train_step(TrainStepConfig(num_layers=2, d_model=64, sequence_length=16, batch_size=1))
+    assert row["temporary"] > row["parameters"] > 0
+    short, long = (attention(AttentionConfig(sequence_length=t))["temporary"] for t in (1024, 2048))
+    assert short < long < 3 * short
