@@ -14,7 +14,7 @@ from flax import nnx
 from ..memory import activation_memory, residual_stack, temp_bytes
 from ..models import Decoder, DecoderConfig, value_and_grad
 from ..nn import flash_attention
-from ..training import OptimizerConfig, init_state, make_optimizer, make_train_step, split
+from ..training import OptimizerConfig, init_state, make_optimizer, make_schedule, make_train_step, split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def train_step(config: TrainStepConfig) -> dict[str, int | str]:
     """
     model = nnx.eval_shape(lambda: Decoder(config.decoder(), rngs=nnx.Rngs(0)))
     skeleton, params = split(model)
-    optimizer = make_optimizer(OptimizerConfig(), 1000)
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
 

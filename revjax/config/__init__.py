@@ -11,6 +11,7 @@ command line gives all three the same precedence, the same errors, and a record 
 
 from .files import dump as dump
 from .help import help_text as help_text
+from .importing import import_function as import_function
 from .loading import Loaded as Loaded
 from .loading import load as load
 from .loading import load_with_provenance as load_with_provenance

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -46,10 +47,12 @@ class Experiment:
         return self.batches.step
 
 
-def next_byte_loss(model: nnx.Module, rows: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def next_byte_loss(
+    model: nnx.Module, rows: jax.Array, key: jax.Array | None, *, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """(sum of losses in nats, number of tokens) of predicting each of `rows` (B, T + 1) but the first of a row."""
     rows = rows.astype("int32")
-    return model.loss(rows[:, :-1], rows[:, 1:], key=key)  # type: ignore[attr-defined]
+    return model.loss(rows[:, :-1], rows[:, 1:], key=key, z_loss=z_loss)  # type: ignore[attr-defined]
 
 
 def build(config: RunConfig) -> Experiment:
@@ -67,14 +70,27 @@ def build(config: RunConfig) -> Experiment:
     )
     param_key, step_key = jax.random.split(jax.random.key(config.training.seed))
     skeleton, params = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(param_key)))
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
-    state = _latest(init_state(params, optimizer, step_key), folder, rows)
+    training = config.training
+    schedule = make_schedule(config.optimizer, training.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = init_state(
+        params,
+        optimizer,
+        step_key,
+        ema=training.ema_decay is not None,
+        loss_scale=config.model.dtype == "float16",
+        spikes=training.spike_sigmas is not None,
+    )
+    state = _latest(state, folder, rows)
     step = make_train_step(
         skeleton,
-        next_byte_loss,
+        functools.partial(next_byte_loss, z_loss=training.z_loss),
         optimizer,
-        schedule=make_schedule(config.optimizer, config.training.steps),
-        on_trouble=config.training.on_trouble,
+        schedule=schedule,
+        on_trouble=training.on_trouble,
+        accumulation=config.memory.accumulation,
+        ema_decay=training.ema_decay,
+        spike_sigmas=training.spike_sigmas,
     )
     compiled = jax.jit(step, donate_argnums=0).lower(state, rows.batch(0)).compile()
     evaluate = jax.jit(make_eval_step(skeleton, next_byte_loss))

@@ -44,9 +44,12 @@ class MemoryConfig:
     """What the backward pass finds kept."""
 
     plan: str = "nothing"  # nothing (rebuild), inputs:K (recompute from every K-th layer) or all (store)
+    accumulation: int = 1  # micro-batches that data.batch_size is cut into, one after another
 
     def __post_init__(self):
         parse_plan(self.plan)
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1, but got {self.accumulation}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,21 @@ class RunConfig:
     training: TrainingConfig = TrainingConfig()
     memory: MemoryConfig = MemoryConfig()
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update predicts."""
+        return self.data.batch_size * self.data.sequence_length
+
     def __post_init__(self):
+        object.__setattr__(self, "optimizer", self.optimizer.in_steps(self.tokens_per_step))
+        if self.training.tokens is not None:
+            steps = -(-self.training.tokens // self.tokens_per_step)
+            object.__setattr__(self, "training", dataclasses.replace(self.training, steps=steps))
+        if self.data.batch_size % self.memory.accumulation:
+            raise ConfigError(
+                f"memory.accumulation must divide data.batch_size, but got {self.memory.accumulation} and "
+                f"{self.data.batch_size}."
+            )
         if not parse_coupling(self.model.coupling).reversible and isinstance(parse_plan(self.memory.plan), Nothing):
             raise ConfigError(
                 f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan 'nothing' cannot rebuild its "

@@ -95,7 +95,7 @@ def _evaluation(experiment: Experiment):
         return None
     sizes = dict(batch_size=config.data.batch_size, sequence_length=config.data.sequence_length)
     rows = functools.partial(validation_batches, tokens, **sizes, max_batches=config.training.eval_batches)
-    return lambda state: mean_loss(experiment.eval_step, state.params, rows())
+    return lambda state: mean_loss(experiment.eval_step, state.eval_params, rows())
 
 
 def _write_sample(experiment: Experiment, state: TrainState) -> str | None:
@@ -103,7 +103,7 @@ def _write_sample(experiment: Experiment, state: TrainState) -> str | None:
     if not options.sample_prompt:
         return None
     text = sample_text(
-        experiment.skeleton.merge(state.params),
+        experiment.skeleton.merge(state.eval_params),
         SampleConfig(
             prompt=options.sample_prompt,
             max_new_tokens=options.sample_tokens,

@@ -61,7 +61,8 @@ class DecoderConfig:
     dropout: float = 0.0  # on the increment of every branch
     attention_dropout: float = 0.0
     stochastic_depth: float = 0.0  # probability of skipping a branch, per sample
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the computation; parameters are float32
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters, and of their gradients
     coupling: str = "revnet"  # "near-residual:1", ...: see revjax.parse_coupling
     granularity: Literal["branch", "block"] = "branch"  # what one f is
     exact: bool = True  # integer streams
@@ -223,6 +224,9 @@ class Decoder(nnx.Module):
         self.norm = make_norm(config, rngs=rngs)
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.d_model, config.vocab_size, dtype=dtype, rngs=rngs)
+        if config.param_dtype != "float32":
+            cast = lambda p: p.astype(config.param_dtype)
+            nnx.update(self, jax.tree.map(cast, nnx.state(self, nnx.Param)))
 
     def __call__(self, tokens_BT: jax.Array, **inputs) -> jax.Array:
         """Returns logits_BTV, fp32. `inputs` as for `hidden`."""
@@ -241,14 +245,20 @@ class Decoder(nnx.Module):
         given = {"positions": positions} if self.positions is None else {}
         return self.norm(self.stack(x_BTD, key=key, segment_ids=segment_ids, **given))
 
-    def loss(self, tokens_BT, targets_BT, weights_BT=None, *, key=None, **inputs) -> tuple[jax.Array, jax.Array]:
-        """Returns (sum of weighted cross-entropies in nats, sum of weights), fp32 scalars. No logits are stored."""
+    def loss(
+        self, tokens_BT, targets_BT, weights_BT=None, *, key=None, z_loss: float = 0.0, **inputs
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (sum of weighted cross-entropies in nats, sum of weights), fp32 scalars. No logits are stored.
+
+        `z_loss` times the square of the logits' log-sum-exp is added to each token's.
+        """
         return cross_entropy(
             self.hidden(tokens_BT, key=key, **inputs),
             self.head_kernel,
             targets_BT,
             weights_BT,
             tile_tokens=self.config.loss_tile,
+            z_loss=z_loss,
             dtype=jnp.dtype(self.config.dtype),
         )
 

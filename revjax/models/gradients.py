@@ -42,6 +42,11 @@ class Report:
         """The largest |x| of any stream (for a stack that the loss calls more than once: the sum over its calls)."""
         return jnp.max(jnp.stack([jnp.zeros(()), *(jnp.max(c) for c in self._column(2))]))
 
+    def merged(self, other: "Report") -> "Report":
+        """Of two backward passes as one: counts are added, of the largest |x| the larger is taken. Works under jit."""
+        both = lambda a, b: jnp.concatenate([a[:, :2] + b[:, :2], jnp.maximum(a[:, 2:], b[:, 2:])], axis=1)
+        return Report(jax.tree.map(both, self.stacks, other.stacks))
+
     def describe(self, model: nnx.Module) -> str:
         """Says in words which layers of `model` went wrong; "" if none did. Reads the arrays: not under jit."""
         lines = []

@@ -79,6 +79,9 @@ def _loss_sum_fwd(spec, hidden, kernel, targets, weights):
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
     (total, dkernel), (dx, losses) = _over_tiles(spec, tile, start, hidden, targets, weights)
+    # Without it XLA moves a tied kernel's transpose into the product of a single tile, which it then has no bf16 kernel
+    # for on a CPU (jax 0.10.2).
+    dkernel = jax.lax.optimization_barrier(dkernel)
     return total, (_untile(dx, hidden.shape[1]), dkernel.astype(kernel.dtype), _untile(losses, hidden.shape[1]))
 
 

@@ -9,8 +9,8 @@ from .metrics import MetricsLog as MetricsLog
 from .metrics import read_metrics as read_metrics
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer
-from .optimizer import make_schedule as make_schedule
 from .plots import plot_losses as plot_losses
+from .schedule import make_schedule as make_schedule
 from .signals import StopRequest as StopRequest
 from .state import Skeleton as Skeleton
 from .state import TrainState as TrainState

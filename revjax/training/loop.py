@@ -28,12 +28,16 @@ class TrainingConfig:
     """How long to train, and what to do on the way. Steps count updates."""
 
     steps: int = 1000
+    tokens: int | None = None  # instead of steps: how many to train on
     seed: int = 0  # of parameters, batches and dropout
     eval_every: int = 100  # steps between two looks at the held-out text
     eval_batches: int = 8  # batches of such a look, always the same ones
     checkpoint_every: int = 200  # steps; the last step is always saved
     keep_checkpoints: int = 2  # the latest ones stay on disk
     on_trouble: OnTrouble = "skip"  # a wrong or broken gradient: warn and use it, skip it, or stop before it
+    spike_sigmas: float | None = None  # a loss so many deviations above recent ones is trouble; null: none is
+    z_loss: float = 0.0  # of the squared log-sum-exp of the logits, added to the training loss; 1e-4 is usual
+    ema_decay: float | None = None  # of a running mean of the parameters, which then is what is evaluated; null: none
     log_every_s: float = 10.0  # seconds between two lines of progress, where there is no terminal
     sample_prompt: str = "def "  # what the sample at the end continues; "" writes none
     sample_tokens: int = 300
@@ -43,6 +47,14 @@ class TrainingConfig:
         for name in ("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, or null for training.steps, but got {self.tokens}.")
+        if self.spike_sigmas is not None and not self.spike_sigmas > 0:
+            raise ValueError(f"spike_sigmas must be above 0, or null, but got {self.spike_sigmas}.")
+        if not 0 <= self.z_loss < float("inf"):
+            raise ValueError(f"z_loss must be at least 0, but got {self.z_loss}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, such as 0.999, or null, but got {self.ema_decay}.")
         if self.sample_temperature < 0:
             raise ValueError(f"sample_temperature must be at least 0 (greedy), but got {self.sample_temperature}.")
         if not 0 <= self.seed < 2**32:

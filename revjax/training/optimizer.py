@@ -1,88 +1,153 @@
-"""AdamW with a warm-up and a cosine.
+"""How parameters follow their gradients: optax, with the choices that language models are trained with.
 
-    lr(t) = peak * min(1, (t + 1) / warmup) * (final + (1 - final) (1 + cos(pi p)) / 2)
-    p     = (t - warmup) / (total - warmup), between 0 and 1                         (arXiv:1608.03983)
+g <- g min(1, clip_norm / |g|)        w <- w - lr(t) (direction(g) + weight_decay w)        decay: matrices only
 
-    w    <- w - lr(t) (m / (sqrt(v) + eps) + decay w)        decay: matrices only    (arXiv:1711.05101)
-
-t counts updates from 0. Gradients are scaled down to `clip_norm` before m and v see them.
+adamw      m / (sqrt(v) + eps)                              (arXiv:1711.05101)
+lion       sign(b1 m + (1 - b1) g)                          (arXiv:2302.06675)
+adafactor  g / sqrt(v), v kept as a row and a column        (arXiv:1804.04235)
+muon       m made orthogonal, 0.2 the size of its longer side to the power 1/2, so that learning rates and
+           decay are AdamW's; it is for the matrices inside the network, the rest has AdamW
+           (kellerjordan.github.io/posts/muon, arXiv:2502.16982)
+sgd        m, the heavy-ball sum of gradients
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from ..config import import_function
 
 PyTree = Any
-Schedule = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """How parameters follow their gradients."""
 
-    name: Literal["adamw"] = "adamw"
+    name: str = "adamw"  # adamw, lion, adafactor, muon, sgd, or a function of your own: package.module:function
     learning_rate: float = 1e-3  # at its peak, after the warm-up
-    warmup_steps: int = 100  # steps from 0 to the peak
-    final_fraction: float = 0.1  # of the peak, where the cosine ends; 1 keeps the peak
+    schedule: str = "cosine"  # cosine, linear, wsd, constant, or a function of your own: package.module:function
+    warmup_steps: int = 100  # updates from 0 to the peak
+    warmup_tokens: int | None = None  # instead of warmup_steps
+    decay_steps: int | None = None  # of wsd: the last updates, in which the rate falls; null is a tenth of all
+    decay_tokens: int | None = None  # instead of decay_steps
+    final_fraction: float = 0.1  # of the peak, where the schedule ends
     weight_decay: float = 0.1  # of matrices; norms, biases and embeddings have none
     clip_norm: float | None = 1.0  # largest norm of the gradient; null does not clip
-    b1: float = 0.9  # memory of m
-    b2: float = 0.95  # memory of v
+    b1: float = 0.9  # memory of the mean gradient (adamw, lion)
+    b2: float = 0.95  # memory of the mean square (adamw), of the mean gradient between updates (lion)
+    momentum: float = 0.95  # memory of the mean gradient (muon, sgd)
     eps: float = 1e-8
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # in which mean gradients are kept
 
     def __post_init__(self):
         for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, but got {getattr(self, name)}.")
         for name in ("warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, but got {getattr(self, name)}.")
+        for name in ("warmup_tokens", "decay_steps", "decay_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or null, but got {getattr(self, name)}.")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction must be in [0, 1], but got {self.final_fraction}.")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, or null for none, but got {self.clip_norm}.")
 
-
-def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Returns the learning rate as a function of the number of updates made before."""
-
-    def schedule(t):
-        t = jnp.asarray(t, jnp.float32)
-        ramp = jnp.minimum(1.0, (t + 1) / max(config.warmup_steps, 1))
-        p = jnp.clip((t - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 0.0, 1.0)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * p))
-        return config.learning_rate * ramp * (config.final_fraction + (1 - config.final_fraction) * cosine)
-
-    return schedule
+    def in_steps(self, tokens_per_step: int) -> "OptimizerConfig":
+        """This configuration with what it says in tokens said in updates, rounded up."""
+        steps = {
+            f"{name}_steps": -(-tokens // tokens_per_step)
+            for name in ("warmup", "decay")
+            if (tokens := getattr(self, f"{name}_tokens")) is not None
+        }
+        return dataclasses.replace(self, **steps)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns AdamW for a pytree of parameters, over `total_steps` updates.
+def make_optimizer(config: OptimizerConfig, schedule: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
+    """Returns the optimizer of `config` for a pytree of parameters, after clipping.
+
+    `config.name` may name a function of the user's own: it gets `(config, schedule)` and returns an optax
+    transformation, learning rate and all. Raises `ConfigError` where there is none of that name.
+    """
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    if config.name not in DIRECTIONS:
+        own = import_function(config.name, what="optimizer", known=DIRECTIONS)
+        return optax.chain(clip, own(config, schedule))
+    return optax.chain(
+        clip,
+        DIRECTIONS[config.name](config),
+        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.moment_dtype)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    # Without optax's scaling by the size of the parameters, so that learning rates mean what they do elsewhere.
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    axes = lambda params: jax.tree.map_with_path(lambda path, x: MuonDimensionNumbers(*_sides(path, x)), params)
+
+    def rescale(path, update):
+        longer = max(math.prod(update.shape[i] for i in side) for side in _sides(path, update))
+        return 0.2 * math.sqrt(longer) * update
+
+    muon = optax.chain(
+        scale_by_muon(beta=config.momentum, mu_dtype=config.moment_dtype, weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, params: jax.tree.map_with_path(rescale, updates)),
+    )
+    labels = lambda params: jax.tree.map_with_path(lambda path, x: "muon" if _sides(path, x) else "adam", params)
+    return optax.partition({"muon": muon, "adam": _adam(config)}, labels)
+
+
+DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "lion": lambda config: optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=config.moment_dtype),
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "sgd": lambda config: optax.trace(config.momentum, accumulator_dtype=jnp.dtype(config.moment_dtype)),
+}
+
+
+def is_decayed(params: PyTree) -> PyTree:
+    """Returns a bool for each parameter: whether weight decay pulls at it.
 
     Parameters are named by their path: whatever has "norm", "bias", "scale" or an embedding "table" in it is
     not decayed, and neither is a vector. (Stacked layers make matrices of vectors, so shapes alone do not tell.)
     """
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
-        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
-    )
+    return jax.tree.map_with_path(_is_matrix, params)
 
 
-def is_decayed(params: PyTree) -> PyTree:
-    """Returns a bool for each parameter: whether weight decay pulls at it."""
+def _is_matrix(path, x) -> bool:
+    name = jax.tree_util.keystr(path).lower()
+    return x.ndim >= 2 and not any(word in name for word in ("norm", "bias", "scale", "table", "embedding"))
 
-    def decayed(path, x):
-        name = jax.tree_util.keystr(path).lower()
-        return x.ndim >= 2 and not any(word in name for word in ("norm", "bias", "scale", "table", "embedding"))
 
-    return jax.tree.map_with_path(decayed, params)
+def _sides(path, x) -> tuple[tuple[int, ...], ...]:
+    """Which axes of a parameter are a matrix's inputs, and which its outputs; () where it is no matrix of the inside.
+
+    Inputs are all axes but the last, as of a convolution or of an attention's output; queries, keys and values have
+    one axis of inputs, and heads and channels as outputs. In a stack, the first axis counts layers.
+    """
+    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
+    axes = tuple(range(x.ndim))[1 if "runs" in names else 0 :]
+    if not _is_matrix(path, x) or len(axes) < 2 or "head" in names:
+        return ()
+    inputs = 1 if {"query", "key", "value"} & set(names) else len(axes) - 1
+    return axes[:inputs], axes[inputs:]

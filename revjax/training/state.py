@@ -14,6 +14,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from .loss_scale import init_loss_scale
+from .spikes import init_spikes
+
 PyTree = Any
 Nested = dict[str, Any]  # nested; leaves are arrays
 
@@ -25,9 +28,17 @@ class TrainState:
 
     params: Nested
     opt_state: PyTree
+    ema: Nested  # float32: a running mean of params; {} where none is kept
+    loss_scale: Nested  # see `loss_scale`; {} where losses are not scaled
+    spikes: Nested  # see `spikes`; {} where they are not looked for
     step: jax.Array  # int32: batches seen
     skipped: jax.Array  # int32: batches of which no update was made
     key: jax.Array  # uint32, `jax.random.key_data` of the run's key, which never changes
+
+    @property
+    def eval_params(self) -> Nested:
+        """What evaluation and sampling take: the running mean of the parameters where there is one."""
+        return jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.ema, self.params) if self.ema else self.params
 
     def as_dict(self) -> Nested:
         """Nested dicts of arrays, as a checkpoint holds them."""
@@ -68,10 +79,34 @@ def split(model: nnx.Module) -> tuple[Skeleton, Nested]:
     return Skeleton(graphdef, abstract, rest), to_nested(params)
 
 
-def init_state(params: Nested, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first step. It holds `params` itself: a step that donates the state uses them up."""
+def init_state(
+    params: Nested,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    ema: bool = False,
+    loss_scale: bool = False,
+    spikes: bool = False,
+) -> TrainState:
+    """The state before the first step. It holds `params` itself: a step that donates the state uses them up.
+
+    Args:
+      key: of the whole run: every step folds its number into it.
+      ema: keep a running mean of the parameters.
+      loss_scale: scale losses, for float16.
+      spikes: remember losses, to tell spikes.
+    """
     zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), zero(), zero(), jax.random.key_data(key))
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if ema else {},
+        loss_scale=init_loss_scale() if loss_scale else {},
+        spikes=init_spikes() if spikes else {},
+        step=zero(),
+        skipped=zero(),
+        key=jax.random.key_data(key),
+    )
 
 
 def to_nested(tree: PyTree) -> PyTree:

@@ -1,11 +1,11 @@
 """One step of training, as a pure function of state and batch.
 
-    loss  = (sum of losses) / (sum of weights)        divided once, after all rows
-    state = update(state, d loss / d params)          unless the gradient cannot be trusted
+    gradient = (sum over micro-batches of d loss_sum / d params) / (sum of weights)       divided once, after all rows
+    state    = update(state, gradient)                                unless the gradient cannot be trusted
 
-A gradient is not trusted where the canary or the overflow count is not 0, or where the loss or the gradient's
-norm is not finite. The host reads metrics one step late, so the step itself has to refuse the update: old and
-new values are both there, and `jnp.where` takes one of them.
+A gradient is not trusted where the canary or the overflow count is not 0, where the loss or the gradient's norm is
+not finite, or where the loss is a spike. The host reads metrics one step late, so the step itself has to refuse the
+update: old and new values are both there, and `jnp.where` takes one of them.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,13 @@ import optax
 from flax import nnx
 
 from ..models.gradients import value_and_grad
+from .loss_scale import next_loss_scale
+from .spikes import find_spike
 from .state import Nested, Skeleton, TrainState, to_nested
 
 PyTree = Any
-Loss = Callable[[nnx.Module, PyTree, jax.Array | None], tuple[jax.Array, jax.Array]]
+# (sum of losses, sum of weights), and maybe a dict of further sums, which are reported as means.
+Loss = Callable[[nnx.Module, PyTree, jax.Array | None], tuple]
 OnTrouble = Literal["warn", "skip", "rewind", "stop"]
 
 
@@ -31,65 +34,133 @@ def make_train_step(
     *,
     schedule: Callable[[jax.Array], jax.Array] | None = None,
     on_trouble: OnTrouble = "skip",
+    accumulation: int = 1,
+    ema_decay: float | None = None,
+    spike_sigmas: float | None = None,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]:
     """Returns `(state, batch) -> (state, metrics)`, for `jax.jit(..., donate_argnums=0)`.
 
     Args:
       skeleton: the module without its parameters, from `split(model)`.
-      loss: `loss(model, batch, key)` returns (sum of losses, sum of weights). The key is another one at every
-        step, and the same one where that step is run again.
+      loss: `loss(model, batch, key)` returns (sum of losses, sum of weights), or these and a dict of further sums,
+        whose means join the metrics. The key is another one at every step, and the same one where that step is run
+        again.
       schedule: the learning rate by number of updates, for the metric only.
-      on_trouble: "warn" updates all the same. "skip" and "stop" keep parameters and optimizer as they were.
+      on_trouble: "warn" updates all the same; any other keeps parameters and optimizer as they were.
+      accumulation: into how many micro-batches the rows are dealt, one after another, to need less memory. It must
+        divide the leading axis of every array in the batch. Each micro-batch has a key of its own.
+      ema_decay: of the running mean of the parameters, where the state has one.
+      spike_sigmas: how far above recent losses one counts as a spike, where the state counts them (see `spikes`).
 
-    Metrics are scalars, but for the last: loss (mean), grad_norm (before clipping), learning_rate, canary (rows
-    not rebuilt to the bit), unsafe (elements that were not finite or overflowed), max_abs (of the streams),
-    trouble (whether this gradient is not to be trusted), skipped (updates left out so far), and report
-    (`revjax.models.Report`, layer by layer).
+    Metrics are scalars, but for the last: loss (mean), grad_norm (before clipping), param_norm, learning_rate, canary
+    (rows not rebuilt to the bit), unsafe (elements that were not finite or overflowed), max_abs (of the streams),
+    spike, trouble (whether this gradient is not to be trusted), skipped (updates left out so far), loss_scale
+    (float16), and report (`revjax.models.Report`, layer by layer).
     """
-    if on_trouble not in ("warn", "skip", "stop"):
-        raise ValueError(f"on_trouble must be 'warn', 'skip' or 'stop', but got {on_trouble!r}.")
+    if on_trouble not in ("warn", "skip", "rewind", "stop"):
+        raise ValueError(f"on_trouble must be 'warn', 'skip', 'rewind' or 'stop', but got {on_trouble!r}.")
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1, but got {accumulation}.")
+    sums = _accumulated(_gradient_sums(skeleton, loss), accumulation)
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        mean_loss = lambda model: _mean(*loss(model, batch, key))
-        (value, report), grads = value_and_grad(mean_loss)(skeleton.merge(state.params))
-        grads = to_nested(grads)
-        grad_norm = optax.tree.norm(grads)
-        trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value) | ~jnp.isfinite(grad_norm)
-        refuse = trouble & (on_trouble != "warn")
+        scale = state.loss_scale.get("scale", 1.0)
+        grads, (total, weight, more), report = sums(state.params, batch, key, scale)
+        weight = jnp.where(weight == 0, 1, weight)
+        grads = jax.tree.map(lambda g: (g / (weight * scale)).astype(g.dtype), grads)
+        value, grad_norm = total / weight, optax.tree.norm(grads)
+
+        is_finite, spike, after = jnp.isfinite(grad_norm), jnp.bool(False), {}
+        trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value)
+        if state.loss_scale:  # there, an infinite gradient says that the scale is too large
+            after["loss_scale"] = next_loss_scale(state.loss_scale, is_finite)
+        else:
+            trouble |= ~is_finite
+        if state.spikes and spike_sigmas is not None:
+            spike, after["spikes"] = find_spike(state.spikes, value, spike_sigmas)
+            trouble |= spike
+        refuse = (trouble & (on_trouble != "warn")) | (~is_finite if state.loss_scale else False)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        follow = lambda mean, new: mean + (1 - (ema_decay or 0.0)) * (new - mean)
+        ema = jax.tree.map(follow, state.ema, params) if state.ema else {}
         keep_old = lambda new, old: jax.tree.map(lambda n, o: jnp.where(refuse, o, n), new, old)
-        skipped = state.skipped + refuse
         new_state = TrainState(
             params=keep_old(params, state.params),
             opt_state=keep_old(opt_state, state.opt_state),
+            ema=keep_old(ema, state.ema),
             step=state.step + 1,
-            skipped=skipped,
+            skipped=state.skipped + refuse,
             key=state.key,
+            **({"loss_scale": state.loss_scale, "spikes": state.spikes} | after),
         )
-        metrics = {
+        metrics = {name: x / weight for name, x in more.items()} | {
             "loss": value,
             "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(new_state.params),
             "canary": report.canary,
             "unsafe": report.unsafe,
             "max_abs": report.max_abs,
+            "spike": spike,
             "trouble": trouble,
-            "skipped": skipped,
+            "skipped": new_state.skipped,
             "report": report,
         }
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step - state.skipped)
+        if state.loss_scale:
+            metrics["loss_scale"] = scale
         return new_state, metrics
 
     return train_step
 
 
+def _gradient_sums(skeleton: Skeleton, loss: Loss) -> Callable:
+    """(params, batch, key, scale) -> (d (scale loss_sum) / d params, (loss_sum, weight_sum, more sums), report)."""
+
+    def sums(params, batch, key, scale):
+        def scaled(model):
+            total, weight, *more = loss(model, batch, key)
+            return total * scale, (total, jnp.asarray(weight, jnp.float32), *(more or [{}]))
+
+        ((_, summed), report), grads = value_and_grad(scaled, has_aux=True)(skeleton.merge(params))
+        return to_nested(grads), summed, report
+
+    return sums
+
+
+def _accumulated(sums: Callable, n: int) -> Callable:
+    """`sums` over n micro-batches, of which one after another has its activations; gradients are added in fp32."""
+    if n == 1:
+        return sums
+
+    def deal(x):
+        if not x.ndim or x.shape[0] % n:
+            raise ValueError(f"accumulation={n} must divide the rows of every array in a batch, but got {x.shape}.")
+        return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)  # rows i, i + n, ... (stay on their device)
+
+    def accumulated(params, batch, key, scale):
+        micro_batches = jax.tree.map(lambda x: deal(jnp.asarray(x)), batch)
+        wide = lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+        def add(carry, inputs):
+            micro_batch, i = inputs
+            grads, summed, report = sums(params, micro_batch, jax.random.fold_in(key, i), scale)
+            grads = jax.tree.map(lambda total, g: total + wide(g), carry[0], grads)
+            return (grads, jax.tree.map(jnp.add, carry[1], summed), carry[2].merged(report)), None
+
+        one = jax.tree.map(lambda x: x[0], micro_batches)
+        shapes = jax.eval_shape(sums, params, one, key, scale)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        start = (jax.tree.map(wide, zeros[0]), *zeros[1:])
+        (grads, summed, report), _ = jax.lax.scan(add, start, (micro_batches, jnp.arange(n)))
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, shapes[0]), summed, report
+
+    return accumulated
+
+
 def make_eval_step(skeleton: Skeleton, loss: Loss) -> Callable[[Nested, PyTree], tuple[jax.Array, jax.Array]]:
     """Returns `(params, batch) -> (sum of losses, sum of weights)`, without randomness, for `jax.jit`."""
-    return lambda params, batch: loss(skeleton.merge(params), batch, None)
-
-
-def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    return total / jnp.where(weight == 0, 1, weight)
+    return lambda params, batch: loss(skeleton.merge(params), batch, None)[:2]

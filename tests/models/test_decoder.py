@@ -174,3 +174,29 @@ def test_an_unknown_preset_names_the_nearest():
 def test_impossible_shapes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **wrong)
+
+
+@pytest.mark.parametrize("dtype, param_dtype", [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_half_precision_and_low_precision_parameters_are_exact_and_near_fp32(dtype, param_dtype):
+    """Near: as far from fp32, with the same parameters, as a few roundings of the dtype."""
+    model = make(dataclasses.replace(TINY, dtype=dtype, param_dtype=param_dtype, dropout=0.1))
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype(param_dtype)}
+    fp32 = make(dataclasses.replace(TINY, dropout=0.1))
+    nnx.update(fp32, jax.tree.map(lambda p: p.astype(jnp.float32), nnx.state(model, nnx.Param)))
+    loss = lambda model, scale: scale * mean_loss(model, TOKENS, key=jax.random.key(1))
+    (value, report), grads = jax.jit(revjax.value_and_grad(loss))(model, 1024.0)  # float16 gradients vanish otherwise
+    assert report.canary == 0 and report.unsafe == 0
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(param_dtype)}
+    (expected, _), wanted = jax.jit(revjax.value_and_grad(loss))(fp32, 1024.0)
+    assert float(value) == pytest.approx(float(expected), rel=1e-3)
+    flat = lambda tree: np.concatenate([np.ravel(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)])
+    difference = np.linalg.norm(flat(grads) - flat(wanted)) / np.linalg.norm(flat(wanted))
+    assert 0 < difference < 8 * float(jnp.finfo(dtype).eps)
+
+
+def test_z_loss_is_added_to_every_token():
+    model, z = make(TINY), 1e-2
+    logits = model(TOKENS[:, :-1])
+    expected = jnp.sum(z * jax.nn.logsumexp(logits, axis=-1) ** 2)
+    with_z, without = (model.loss(TOKENS[:, :-1], TOKENS[:, 1:], z_loss=x)[0] for x in (z, 0.0))
+    assert float(with_z - without) == pytest.approx(float(expected), rel=1e-3)

@@ -1,5 +1,6 @@
 """One step is plain AdamW on the mean loss; an update made from a wrong gradient is refused inside it."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,7 +13,6 @@ from flax import nnx
 from revjax.models import Decoder, DecoderConfig
 from revjax.models.stack import ReversibleStack
 from revjax.training import init_state, make_eval_step, make_train_step, split
-from revjax.training.state import TrainState
 
 CONFIG = DecoderConfig(d_model=32, num_layers=2, num_heads=2, dtype="float32")
 
@@ -26,11 +26,12 @@ def make_rows(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (4, 17)).astype(np.uint8)
 
 
-def make(model, loss=token_loss, optimizer=None, **options):
+def make(model, loss=token_loss, optimizer=None, *, loss_scale=False, **options):
     skeleton, params = split(model)
     optimizer = optax.adamw(1e-2) if optimizer is None else optimizer
     step = make_train_step(skeleton, loss, optimizer, **options)
-    return skeleton, jax.jit(step), init_state(params, optimizer, jax.random.key(7))
+    keeps = {"ema": "ema_decay" in options, "spikes": "spike_sigmas" in options, "loss_scale": loss_scale}
+    return skeleton, jax.jit(step), init_state(params, optimizer, jax.random.key(7), **keeps)
 
 
 def same_bits(a, b):
@@ -120,7 +121,7 @@ def test_an_overflow_of_the_streams_changes_nothing_and_names_the_layer(decoder)
     huge = jax.tree.map(lambda x: x, state.params)
     kernel = huge["stack"]["runs"]["0"]["1"]["mlp"]["down"]["kernel"]
     huge["stack"]["runs"]["0"]["1"]["mlp"]["down"]["kernel"] = kernel.at[1].multiply(1e9)
-    state = TrainState(huge, state.opt_state, state.step, state.skipped, state.key)
+    state = dataclasses.replace(state, params=huge)
     after, metrics = step(state, make_rows())
     assert int(metrics["unsafe"]) > 0 and bool(metrics["trouble"]) and same_bits(after.params, state.params)
     assert "layer 1 MLPBranch" in metrics["report"].describe(skeleton.abstract)
@@ -162,6 +163,124 @@ def test_the_learning_rate_counts_the_updates_that_were_made():
     assert rates == [10, 11, 11, 12]
 
 
+def ragged_loss(model, rows, key):
+    """Rows with unequal numbers of tokens that count."""
+    rows = rows.astype(jnp.int32)
+    weights = (jnp.arange(16)[None] < 1 + rows[:, :1] % 16).astype(jnp.float32)
+    return model.loss(rows[:, :-1], rows[:, 1:], weights)
+
+
+def relative_difference(a, b):
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64) for tree in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def test_accumulation_is_one_batch_however_many_tokens_each_part_has(decoder):
+    """The difference is at most three times that between two orders of the same rows."""
+    sgd = optax.sgd(1.0)
+
+    def update(rows, **options):
+        _, step, state = make(decoder, ragged_loss, sgd, **options)
+        return jax.tree.map(jnp.subtract, step(state, rows)[0].params, state.params)
+
+    rows = np.random.default_rng(3).integers(0, 256, (32, 17)).astype(np.uint8)
+    counts = np.minimum(1 + rows[:, 0] % 16, 16).reshape(4, 8).sum(0)
+    assert len(set(counts.tolist())) > 1  # so the mean of means would be something else
+    whole = update(rows)
+    floor = relative_difference(update(rows[::-1]), whole)
+    assert 0 < floor < 1e-5
+    assert relative_difference(update(rows, accumulation=8), whole) <= 3 * floor
+
+
+def test_the_mean_of_means_is_another_gradient(decoder):
+    """The twin: what accumulation would be if every part were divided by its own weight."""
+    mean_loss = lambda model, rows, key: (jnp.divide(*ragged_loss(model, rows, key)), 1.0)
+    rows = np.random.default_rng(3).integers(0, 256, (32, 17)).astype(np.uint8)
+    updates = []
+    for loss, options in ((ragged_loss, {}), (mean_loss, {"accumulation": 8})):
+        _, step, state = make(decoder, loss, optax.sgd(1.0), **options)
+        updates.append(jax.tree.map(jnp.subtract, step(state, rows)[0].params, state.params))
+    assert relative_difference(updates[1], updates[0]) > 1e-2
+
+
+def test_accumulation_adds_up_what_the_parts_report(decoder):
+    _, whole, state = make(decoder, optimizer=optax.sgd(0.1))
+    _, parts, _ = make(decoder, optimizer=optax.sgd(0.1), accumulation=2)
+    one, two = whole(state, make_rows())[1], parts(state, make_rows())[1]
+    assert float(one["max_abs"]) == float(two["max_abs"]) and float(two["canary"]) == 0
+    assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-6)
+
+
+def test_accumulation_must_divide_the_rows(decoder):
+    _, step, state = make(decoder, accumulation=3)
+    with pytest.raises(ValueError, match="accumulation=3 must divide the rows"):
+        step(state, make_rows())
+
+
+def test_the_running_mean_of_parameters_follows_them():
+    loss = lambda model, rows, key: (jnp.sum(model.w[...]) * rows, 1.0)
+    _, step, state = make(Weights(), loss, optax.sgd(1.0), ema_decay=0.75)
+    mean, w = 1.0, 1.0
+    for value in (1.0, 2.0, np.nan, 4.0):
+        state, _ = step(state, np.float32(value))
+        if np.isfinite(value):
+            w -= value
+            mean = 0.75 * mean + 0.25 * w
+        np.testing.assert_allclose(state.ema["w"], mean, rtol=1e-6)
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+
+
+def test_a_spike_changes_nothing_and_is_forgotten_when_it_stays():
+    loss = lambda model, rows, key: (jnp.sum(model.w[...]) * 0 + rows, 1.0)
+    _, step, state = make(Weights(), loss, spike_sigmas=6.0)
+    noise = np.random.default_rng(0).normal(3, 0.1, 80)
+    for x in noise:
+        state, metrics = step(state, np.float32(x))
+        assert not bool(metrics["trouble"])
+    after, metrics = step(state, np.float32(5))
+    assert bool(metrics["spike"]) and bool(metrics["trouble"]) and same_bits(after.params, state.params)
+    assert int(after.skipped) == 1
+    same, metrics = step(after, np.float32(3))
+    assert not bool(metrics["spike"])
+    spikes = []
+    for _ in range(100):
+        state, metrics = step(state, np.float32(5))
+        spikes.append(bool(metrics["spike"]))
+    assert spikes[0] and not spikes[-1]  # a new level is accepted after a while
+
+
+def test_a_loss_that_is_not_finite_does_not_spoil_the_memory_of_losses():
+    loss = lambda model, rows, key: (jnp.sum(model.w[...]) * 0 + rows, 1.0)
+    _, step, state = make(Weights(), loss, spike_sigmas=6.0)
+    state, _ = step(state, np.float32(3))
+    after, metrics = step(state, np.float32(np.nan))
+    assert bool(metrics["trouble"]) and not bool(metrics["spike"]) and same_bits(after.spikes, state.spikes)
+
+
+def test_a_scaled_gradient_that_overflows_halves_the_scale_and_is_no_trouble():
+    """float16 gradients: the loss is fine, its scaled gradient is not."""
+
+    def loss(model, rows, key):
+        half = model.w[...].astype(jnp.float16)
+        return jnp.sum((half * jnp.float16(rows)).astype(jnp.float32)), 1.0
+
+    _, step, state = make(Weights(), loss, optax.sgd(1.0), loss_scale=True)
+    after, metrics = step(state, np.float32(100))  # 2^15 * 100 is above 65504
+    assert not bool(metrics["trouble"]) and int(after.skipped) == 1 and same_bits(after.params, state.params)
+    assert float(after.loss_scale["scale"]) == float(state.loss_scale["scale"]) / 2
+    after, metrics = step(state, np.float32(0.5))
+    np.testing.assert_allclose(after.params["w"], 0.5)  # divided again
+    assert float(after.loss_scale["scale"]) == float(state.loss_scale["scale"])
+    nearly = dataclasses.replace(state, loss_scale=state.loss_scale | {"finite": jnp.int32(1999)})
+    assert float(step(nearly, np.float32(0.5))[0].loss_scale["scale"]) == 2**16
+
+
+def test_more_sums_of_the_loss_become_means_in_the_metrics():
+    loss = lambda model, rows, key: (jnp.sum(model.w[...]), 4.0, {"z_loss": 2.0 * rows})
+    _, step, state = make(Weights(), loss)
+    assert float(step(state, np.float32(6))[1]["z_loss"]) == 3
+
+
 def test_evaluation_sums_without_randomness(decoder):
     skeleton, params = split(decoder)
     rows = make_rows()
@@ -169,11 +288,6 @@ def test_evaluation_sums_without_randomness(decoder):
     logits = jax.jit(decoder)(rows[:, :-1].astype(np.int32))
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:].astype(np.int32))
     assert float(total) == pytest.approx(float(jnp.sum(expected)), rel=1e-5) and float(weight) == rows[:, 1:].size
-
-
-def test_rewind_is_not_taken_for_something_else(decoder):
-    with pytest.raises(ValueError, match="'warn', 'skip' or 'stop', but got 'rewind'"):
-        make_train_step(split(decoder)[0], token_loss, optax.sgd(1.0), on_trouble="rewind")
 
 
 def test_a_module_without_parameters_is_refused():
