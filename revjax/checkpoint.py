@@ -11,10 +11,12 @@ keys are saved by their caller as `jax.random.key_data`.
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import logging
 import os
 import pathlib
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from .errors import CheckpointError
+from .errors import CheckpointError, DamagedCheckpointError
 
 State = dict[str, Any]  # nested; leaves are jax or numpy arrays
 
@@ -37,24 +39,41 @@ class Checkpointer:
       folder: made at the first save.
       every: `save` keeps steps that are multiples of this, and the step at which a preemption is announced.
       keep: how many of the latest committed steps stay on disk; None keeps all.
+      keep_every: steps that are multiples of this stay as well.
+      keep_best: so many of those that were saved with the lowest `loss` stay as well.
 
     >>> with Checkpointer("runs/a/checkpoints", every=100, keep=3) as checkpointer:
     ...     checkpointer.save(100, {"params": params}, {"tokens_seen": 409_600})
     >>> state, meta = Checkpointer("runs/a/checkpoints").restore()
     """
 
-    def __init__(self, folder: str | os.PathLike, *, every: int = 1, keep: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        every: int = 1,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+    ):
         if every < 1 or (keep is not None and keep < 1):
             raise ValueError(f"every and keep must be at least 1, but got every={every} and keep={keep}.")
         self.folder = pathlib.Path(folder).absolute()
-        self.every, self.keep = every, keep
+        self.every, self.keep, self.keep_every, self.keep_best = every, keep, keep_every, keep_best
         self._pending: tuple[int, Any] | None = None  # the step that is being written, and its promise
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is a file, but checkpoints need a folder.")
 
     @functools.cached_property
     def _orbax(self):  # for saving only: it makes the folder and cleans it, which a reader must not
+        logging.getLogger("absl").addFilter(_is_no_traceback_of_a_thread)
         save, preserve = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        kept: list[Any] = [preserve.LatestN(self.keep) if self.keep else preserve.PreserveAll()]
+        if self.keep_every:
+            kept.append(preserve.EveryNSteps(self.keep_every))
+        if self.keep_best:
+            lowest = lambda metrics: -metrics["loss"]  # Orbax takes the last of them in ascending order
+            kept.append(preserve.BestN(get_metric_fn=lowest, n=self.keep_best, keep_checkpoints_without_metrics=False))
         try:
             return ocp.training.Checkpointer(
                 str(self.folder),
@@ -62,7 +81,7 @@ class Checkpointer:
                 save_decision_policy=save.AnySavePolicy(
                     [save.FixedIntervalPolicy(self.every), save.PreemptionCheckpointingPolicy()]
                 ),
-                preservation_policy=preserve.LatestN(self.keep) if self.keep else preserve.PreserveAll(),
+                preservation_policy=preserve.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,  # what a killed process left half written
             )
         except OSError as e:
@@ -72,7 +91,15 @@ class Checkpointer:
         """Whether `save` would save at `step`: a multiple of `every`, later than every saved step."""
         return self._orbax.should_save(step)
 
-    def save(self, step: int, state: State, meta: dict[str, Any] | None = None, *, force: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: State,
+        meta: dict[str, Any] | None = None,
+        *,
+        loss: float | None = None,
+        force: bool = False,
+    ) -> bool:
         """Starts to save `state` and `meta` if `should_save(step)` or `force`; returns whether it did.
 
         The arrays are copied before this returns, so they may be donated or changed at once; the writing goes on
@@ -81,6 +108,7 @@ class Checkpointer:
         Args:
           state: nested dicts with string keys; leaves are jax or numpy arrays, none of them empty.
           meta: anything that JSON can hold: numbers, strings, lists, dicts, None.
+          loss: by which `keep_best` compares; None is worse than any.
 
         Raises `TypeError` for a state or meta that cannot be saved, and `CheckpointError` where an earlier save
         turns out to have failed.
@@ -94,9 +122,15 @@ class Checkpointer:
         record = {"meta": meta, "meta_checksum": _checksum_json(meta)}
         record["checksums"] = {name: _checksum(x) for name, x in _leaves(state).items()}
         try:
-            promise = self._orbax.save_checkpointables_async(step, {"state": state}, custom_metadata=record, force=True)
+            promise = self._orbax.save_checkpointables_async(
+                step,
+                {"state": state},
+                metrics=None if loss is None else {"loss": float(loss)},
+                custom_metadata=record,
+                force=True,
+            )
         except Exception as e:
-            raise CheckpointError(f"Step {step} could not be saved in {self.folder}: {e}") from e
+            raise self._not_saved(step, e) from e
         self._pending = (step, promise)
         return True
 
@@ -132,6 +166,8 @@ class Checkpointer:
         record, saved = self._read(step, lambda: _record_and_shapes(ocp.checkpointables_metadata(str(folder))))
         if not isinstance(record, dict) or _checksum_json(record.get("meta")) != record.get("meta_checksum"):
             raise self._damaged(step, "its meta data cannot be read")
+        if set(_leaves(saved)) != set(record.get("checksums", {})):
+            raise self._damaged(step, "it does not have the arrays that were saved")
         as_numpy = self._read(step, lambda: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved))
         if target is not None:
             _check_fits(as_numpy, target, folder)
@@ -148,6 +184,23 @@ class Checkpointer:
                 raise self._damaged(step, f"the values of {name!r} are not those that were saved")
         return state, record["meta"]
 
+    def restore_latest(
+        self, target: State | None = None
+    ) -> tuple[State, dict[str, Any], dict[int, DamagedCheckpointError]]:
+        """As `restore`, but goes back to the latest step that is whole; also returns what is wrong with later ones.
+
+        Raises `CheckpointError` where none is whole.
+        """
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in reversed(self.steps()):
+            try:
+                return *self.restore(step, target), damaged
+            except DamagedCheckpointError as e:
+                damaged[step] = e
+        if damaged:
+            raise next(iter(damaged.values()))
+        return *self.restore(None, target), damaged  # which says that there is none
+
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
         with _quiet("absl", "asyncio"):
             try:
@@ -162,9 +215,8 @@ class Checkpointer:
     def _damaged(self, step: int, why: str) -> CheckpointError:
         others = [s for s in self.steps() if s != step]
         use = f"restore step {others[-1]}" if others else "start again: it is the only one"
-        return CheckpointError(
-            f"The checkpoint {self.folder / str(step)} is damaged: {' '.join(why.split())[:200]}. "
-            f"Delete that folder and {use}."
+        return DamagedCheckpointError(
+            f"The checkpoint {self.folder / str(step)} is damaged: {_shortened(why)}. Delete that folder and {use}."
         )
 
     def wait(self) -> None:
@@ -175,9 +227,26 @@ class Checkpointer:
         try:
             promise.result()
         except Exception as e:
-            raise CheckpointError(f"Step {step} could not be saved in {self.folder}: {e}") from e
+            raise self._not_saved(step, e) from e
         if step not in self.steps():
             raise CheckpointError(f"Step {step} was written, but is not in {self.folder}: did something delete it?")
+
+    def _not_saved(self, step: int, e: Exception) -> CheckpointError:
+        """The error to raise, once what was half written is gone: on a full disk it would be in the way."""
+        with contextlib.suppress(Exception):
+            vars(self).pop("_orbax").close()  # it would raise this error again at the next step
+        for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        why = _shortened(_root_cause(e))
+        latest = self.latest_step()
+        there = "none is saved" if latest is None else f"the latest is step {latest}"
+        return CheckpointError(f"Step {step} could not be saved in {self.folder}: {why}. There, {there}.")
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Renames the folder of a damaged `step`, so that the step can be saved again; returns where it is now."""
+        self.close()  # Orbax remembers which steps there are
+        aside = next(p for i in itertools.count() if not (p := self.folder / f"{step}.damaged-{i}").exists())
+        return (self.folder / str(step)).rename(aside)
 
     def close(self) -> None:
         """Waits, then releases what Orbax holds."""
@@ -200,6 +269,12 @@ def _root_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: {e}"
 
 
+def _shortened(why: str) -> str:
+    """On one line, without the paths in the middle of tensorstore's messages: what failed, and at the end why."""
+    why = " ".join(why.split())
+    return why if len(why) <= 200 else f"{why[:90]} ... {why[-90:]}"
+
+
 @contextlib.contextmanager
 def _quiet(*names: str):
     """Keeps the loggers of `names` silent: one error says what they would say many times."""
@@ -212,6 +287,11 @@ def _quiet(*names: str):
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _is_no_traceback_of_a_thread(record: logging.LogRecord) -> bool:
+    """Orbax logs what a writing thread raises, several times, and raises it too: once is enough."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _record_and_shapes(metadata: Any) -> tuple[Any, Any]:

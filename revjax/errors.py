@@ -25,6 +25,10 @@ class CheckpointError(RevjaxError):
     """A checkpoint that is missing, damaged, or does not fit what it is restored into."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what was saved; an older one may be whole."""
+
+
 class RunFolderError(RevjaxError):
     """A run folder that cannot be used: it is missing, not writable, or belongs to another run."""
 

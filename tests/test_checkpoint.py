@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from revjax.checkpoint import Checkpointer
-from revjax.errors import CheckpointError
+from revjax.errors import CheckpointError, DamagedCheckpointError
 
 META = {"tokens": 4096, "loss": 0.1 + 0.2, "data": {"step": 3, "files": ["a", None]}}
 
@@ -182,6 +182,55 @@ def test_the_only_step_being_damaged_says_so(tmp_path):
     (tmp_path / "3").mkdir()
     with pytest.raises(CheckpointError, match="3 is damaged.*start again: it is the only one"):
         Checkpointer(tmp_path).restore()
+
+
+def test_a_damaged_latest_step_gives_way_to_the_one_before_and_can_be_saved_again(saved):
+    (saved / "2" / "state" / "d").rename(saved / "lost")
+    checkpointer = Checkpointer(saved)
+    state, meta, damaged = checkpointer.restore_latest()
+    assert_same_bits(state, make_state(1))
+    assert list(damaged) == [2] and "is damaged" in str(damaged[2])
+    aside = checkpointer.set_aside(2)
+    assert aside.name == "2.damaged-0" and checkpointer.steps() == [1]
+    with checkpointer:
+        assert checkpointer.save(2, make_state(2), META, force=True)
+    assert_same_bits(Checkpointer(saved).restore_latest()[0], make_state(2))
+
+
+def test_where_every_step_is_damaged_the_latest_is_named(saved):
+    for step in ("1", "2"):
+        (saved / step / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(DamagedCheckpointError, match="ck/2 is damaged"):
+        Checkpointer(saved).restore_latest()
+
+
+def test_a_file_that_grows_too_large_leaves_the_last_good_step_and_nothing_half_written(tmp_path):
+    """As on a full disk: a process of its own, which may not write files as large as the second state needs."""
+    program = """
+import resource, signal, sys
+import numpy as np
+from revjax.checkpoint import Checkpointer
+from revjax.errors import CheckpointError
+noise = lambda n: {"x": np.random.default_rng(0).integers(0, 2**32, n, np.uint32)}
+with Checkpointer(sys.argv[1]) as checkpointer:
+    checkpointer.save(1, noise(100))
+    checkpointer.wait()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        checkpointer.save(2, noise(1_000_000))
+        checkpointer.wait()
+    except CheckpointError as e:
+        print(e)
+    checkpointer.save(3, noise(100))
+"""
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Step 2 could not be saved" in done.stdout and "the latest is step 1" in done.stdout
+    assert "File too large" in done.stdout and "Traceback" not in done.stderr
+    assert Checkpointer(tmp_path).steps() == [1, 3] and not [p for p in tmp_path.iterdir() if "tmp" in p.name]
 
 
 # Mistakes.

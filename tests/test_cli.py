@@ -52,7 +52,7 @@ def message_of(capsys, argv):
         (["--model.window=0"], "window must be at least 1, or null for its default, but got 0."),
         (["--training.sample_prompt=é", "--model.vocab_size=128"], "The prompt holds the token 195"),
         (["--training.sample_prompt=def", "--model.vocab_size=64"], "but this model knows 0 to 63 (vocab_size=64)."),
-        (["--training.on_trouble=rewind"], "'rewind' comes with the training system"),
+        (["--training.ema_decay=2"], "ema_decay must be between 0 and 1"),
         (["--data.source=no/such/place"], "There is no file or folder 'no/such/place' (data.source)"),
         (["--data.source=empty"], "No text for data.source 'empty': no file is there."),
         (["--data.source=blank"], "No text under 'blank': all 1 files are empty."),

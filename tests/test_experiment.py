@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from revjax import experiment
+from revjax.checkpoint import Checkpointer
 from revjax.config import load
 from revjax.data import Batches
 from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
@@ -59,13 +61,15 @@ def test_a_run_leaves_what_it_says(finished):
         "config.yaml",
         "metrics.jsonl",
         "validation.jsonl",
+        "samples.jsonl",
+        "trouble.jsonl",
         "checkpoints",
         "loss.png",
         "sample.txt",
         ".lock",
     }
     assert load(RunConfig, folder / "config.yaml", environ={}) == config
-    assert re.match(r"# revjax .*, jax .*, Python .*, cpu\n", (folder / "config.yaml").read_text())
+    assert re.match(r"# revjax .*, jax .*, Python .*, (git [0-9a-f]+\+?, )?cpu\n", (folder / "config.yaml").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
     for key in (
@@ -112,6 +116,27 @@ def test_a_finished_run_is_left_as_it_is(finished):
     again = dataclasses.replace(ready, state=result.outcome.state)  # what build returns, without compiling again
     assert again.start_step == 10 and experiment.run(again).outcome.ended == "finished"
     assert (config.run.path / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(finished, tmp_path, text):
+    """With the same end as a run that was never damaged."""
+    shutil.copytree(finished[0].run.path, tmp_path / "a")
+    victim = next(p for p in sorted((tmp_path / "a" / "checkpoints" / "10").rglob("d/*")) if p.is_file())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    ready = experiment.build(configure(text, tmp_path))
+    assert ready.start_step == 5 and list(ready.damaged) == [10]
+    result = experiment.run(ready)
+    assert result.outcome.ended == "finished"
+    assert all(map(np.array_equal, jax.tree.leaves(result.outcome.state), jax.tree.leaves(finished[2].outcome.state)))
+    names = {p.name for p in (tmp_path / "a" / "checkpoints").iterdir()}
+    assert names == {"5", "10", "10.damaged-0"}
+    experiment.load_model(tmp_path / "a")
+
+
+def test_a_checkpoint_says_what_it_was_made_with(finished):
+    config, _, _ = finished
+    _, meta = Checkpointer(config.run.path / "checkpoints").restore()
+    assert meta["config"]["model"]["d_model"] == 32 and "jax" in meta["versions"] and meta["backend"] == "cpu"
 
 
 def test_another_config_in_the_same_folder_is_refused_by_field(finished, text):

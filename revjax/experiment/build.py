@@ -12,7 +12,7 @@ from flax import nnx
 
 from ..checkpoint import Checkpointer
 from ..data import Batches, Corpus, batches, load_corpus
-from ..errors import DataError
+from ..errors import DamagedCheckpointError, DataError
 from ..models import CheckReport, Decoder, check
 from ..training import (
     RunFolder,
@@ -23,6 +23,7 @@ from ..training import (
     make_optimizer,
     make_schedule,
     make_train_step,
+    rewinds_to,
     split,
 )
 from .config import FREE, RunConfig
@@ -40,11 +41,12 @@ class Experiment:
     state: TrainState
     train_step: Any  # compiled: (state, batch) -> (state, metrics)
     eval_step: Any  # (params, batch) -> (sum of losses, sum of weights)
+    damaged: dict[int, DamagedCheckpointError]  # checkpoints later than the one that the run continues from
 
     @property
     def start_step(self) -> int:
         """0, or the step of the checkpoint that the run continues from."""
-        return self.batches.step
+        return int(self.state.step)
 
 
 def next_byte_loss(
@@ -81,7 +83,7 @@ def build(config: RunConfig) -> Experiment:
         loss_scale=config.model.dtype == "float16",
         spikes=training.spike_sigmas is not None,
     )
-    state = _latest(state, folder, rows)
+    state, damaged = _latest(state, folder, rows)
     step = make_train_step(
         skeleton,
         functools.partial(next_byte_loss, z_loss=training.z_loss),
@@ -94,7 +96,7 @@ def build(config: RunConfig) -> Experiment:
     )
     compiled = jax.jit(step, donate_argnums=0).lower(state, rows.batch(0)).compile()
     evaluate = jax.jit(make_eval_step(skeleton, next_byte_loss))
-    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, evaluate)
+    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, evaluate, damaged)
 
 
 def load_text(config: RunConfig) -> Corpus:
@@ -109,14 +111,18 @@ def load_text(config: RunConfig) -> Corpus:
     return corpus
 
 
-def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> TrainState:
-    """The state of the latest checkpoint, to which `rows` are moved; without one, `state` itself."""
+def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> tuple[TrainState, dict]:
+    """The state of the latest checkpoint that is whole, to which `rows` are moved, and what is wrong with later ones.
+
+    Without a checkpoint, `state` itself.
+    """
     with Checkpointer(folder.checkpoints) as checkpointer:
         if checkpointer.latest_step() is None:
-            return state
-        nested, meta = checkpointer.restore(target=state.as_dict())
-    rows.restore(meta["data"])
-    return state.from_dict(nested)
+            return state, {}
+        nested, meta, damaged = checkpointer.restore_latest(state.as_dict())
+    rewinds = rewinds_to(folder.path, meta["step"])  # without the batches that sent training back to this step
+    rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"])
+    return state.from_dict(nested), damaged
 
 
 def check_model(config: RunConfig) -> CheckReport:

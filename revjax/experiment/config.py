@@ -15,8 +15,13 @@ from ..training import OptimizerConfig, TrainingConfig
 # What may change between two starts of one run: it does not change what the run computes.
 FREE = (
     "run",
-    "training.keep_checkpoints",
+    "training.keep_best",
+    "training.keep_every",
+    "training.keep_latest",
     "training.log_every_s",
+    "training.on_save_error",
+    "training.sample_every",
+    "training.stall_after_s",
     "training.sample_prompt",
     "training.sample_temperature",
     "training.sample_tokens",

@@ -11,11 +11,12 @@ import jax
 from ..checkpoint import Checkpointer
 from ..data import validation_batches
 from ..errors import RunFolderError
-from ..training import MetricsLog, Outcome, StopRequest, TrainState, mean_loss, plot_losses, train
+from ..logging import get_logger
+from ..training import MetricsLog, Outcome, StopRequest, mean_loss, plot_losses, train
 from .build import Experiment
 from .config import RunConfig, SampleConfig
 from .samples import sample_text
-from .versions import versions
+from .versions import git_revision, versions
 
 EXIT_STOPPED = 3  # training.on_trouble: stop
 
@@ -43,45 +44,51 @@ def run(experiment: Experiment) -> Result:
     The arrays of `experiment.state` are used up.
     """
     config, folder, started = experiment.config, experiment.folder, time.perf_counter()
-    if experiment.start_step >= config.training.steps:
-        outcome = Outcome(experiment.state, "finished")
-        return Result(outcome, 0.0, _write_sample(experiment, outcome.state), folder.path)
-    folder.claim(f"{versions()}, {jax.default_backend()}")
+    made_with = {"versions": versions(), "git": git_revision(), "backend": jax.default_backend()}
+    folder.claim(", ".join(filter(None, made_with.values())))
     try:
         _refuse_stale(experiment)
         with (
             StopRequest() as stop_request,
             Checkpointer(
-                folder.checkpoints, every=config.training.checkpoint_every, keep=config.training.keep_checkpoints
+                folder.checkpoints,
+                every=config.training.checkpoint_every,
+                keep=config.training.keep_latest,
+                keep_every=config.training.keep_every,
+                keep_best=config.training.keep_best,
             ) as checkpointer,
             MetricsLog(folder.path, start_step=experiment.start_step) as metrics_log,
         ):
+            for step, error in experiment.damaged.items():
+                where = checkpointer.set_aside(step)
+                get_logger(__name__).error("%s Training goes on from step %d.", error, experiment.start_step)
+                get_logger(__name__).error("That folder is now %s.", where)
             outcome = train(
                 experiment.state,
                 experiment.train_step,
                 experiment.batches,
                 config=config.training,
                 skeleton=experiment.skeleton,
-                evaluate=_evaluation(experiment),
+                evaluate=_evaluation(experiment, stop_request),
+                sample=_sampling(experiment),
+                meta=made_with | {"config": dataclasses.asdict(config)},
                 checkpointer=checkpointer,
                 metrics_log=metrics_log,
                 stop_request=stop_request,
             )
+            sample = _leave_results(experiment, outcome)
     except BaseException:
         folder.give_up()
         raise
     finally:
         folder.release()
-    seconds = time.perf_counter() - started
-    plot_losses(folder.path, title=_title(config))
-    sample = None if outcome.ended == "interrupted" else _write_sample(experiment, outcome.state)
-    return Result(outcome, seconds, sample, folder.path)
+    return Result(outcome, time.perf_counter() - started, sample, folder.path)
 
 
 def _refuse_stale(experiment: Experiment) -> None:
     """Another process may have trained here between `build` and now."""
     with Checkpointer(experiment.folder.checkpoints) as checkpointer:
-        latest = checkpointer.latest_step() or 0
+        latest = max((step for step in checkpointer.steps() if step not in experiment.damaged), default=0)
     if latest != experiment.start_step:
         raise RunFolderError(
             f"{experiment.folder.path} stood at step {experiment.start_step} when this process read it, and is now at "
@@ -89,29 +96,41 @@ def _refuse_stale(experiment: Experiment) -> None:
         )
 
 
-def _evaluation(experiment: Experiment):
+def _evaluation(experiment: Experiment, stop_request: StopRequest):
     config, tokens = experiment.config, experiment.corpus.validation
     if not len(tokens):
         return None
     sizes = dict(batch_size=config.data.batch_size, sequence_length=config.data.sequence_length)
     rows = functools.partial(validation_batches, tokens, **sizes, max_batches=config.training.eval_batches)
-    return lambda state: mean_loss(experiment.eval_step, state.eval_params, rows())
+    stop = lambda: stop_request.signal is not None
+    return lambda state: mean_loss(experiment.eval_step, state.eval_params, rows(), stop=stop)
 
 
-def _write_sample(experiment: Experiment, state: TrainState) -> str | None:
+def _sampling(experiment: Experiment):
     options = experiment.config.training
     if not options.sample_prompt:
         return None
-    text = sample_text(
-        experiment.skeleton.merge(state.eval_params),
-        SampleConfig(
-            prompt=options.sample_prompt,
-            max_new_tokens=options.sample_tokens,
-            temperature=options.sample_temperature,
-            seed=options.seed,
-        ),
+    sample = SampleConfig(
+        prompt=options.sample_prompt,
+        max_new_tokens=options.sample_tokens,
+        temperature=options.sample_temperature,
+        seed=options.seed,
     )
-    (experiment.folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    return lambda state: sample_text(experiment.skeleton.merge(state.eval_params), sample)
+
+
+def _leave_results(experiment: Experiment, outcome: Outcome) -> str | None:
+    """Writes loss.png, and sample.txt where training was not interrupted; returns the sample."""
+    sample = _sampling(experiment)
+    text = sample(outcome.state) if sample and outcome.ended != "interrupted" else None
+    try:
+        plot_losses(experiment.folder.path, title=_title(experiment.config))
+        if text:
+            (experiment.folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    except OSError as e:  # a full disk: the checkpoint is there, and everything can be had again from it
+        get_logger(__name__).error(
+            "Cannot write loss.png and sample.txt to %s: %s.", experiment.folder.path, e.strerror
+        )
     return text
 
 

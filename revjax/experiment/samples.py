@@ -11,6 +11,7 @@ from ..checkpoint import Checkpointer
 from ..data import ByteTokenizer
 from ..errors import CheckpointError, ConfigError
 from ..generation import generate
+from ..logging import get_logger
 from ..models import Decoder
 from ..training import split
 from ..training.folder import read_config
@@ -39,7 +40,7 @@ def sample_text(model: nnx.Module, config: SampleConfig) -> str:
 
 
 def load_model(folder: str | os.PathLike) -> Decoder:
-    """The model of the latest checkpoint of the run in `folder`.
+    """The model of the latest checkpoint of the run in `folder`, with the running mean of its parameters if it has one.
 
     Raises `RunFolderError` or `CheckpointError` where there is none.
     """
@@ -47,10 +48,14 @@ def load_model(folder: str | os.PathLike) -> Decoder:
     config = read_config(folder, RunConfig)
     abstract = nnx.eval_shape(lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     with Checkpointer(folder / "checkpoints") as checkpointer:
-        nested, _ = checkpointer.restore()
+        nested, _, damaged = checkpointer.restore_latest()
+    for error in damaged.values():
+        get_logger(__name__).warning("%s An older one is used here.", error)
     _, params = split(abstract)
+    trained = nested.get("ema", nested["params"])
     described = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.flatten_with_path(tree)[0]}
-    if described(params) != described(nested["params"]):
+    if described(params) != described(trained):
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
     skeleton, _ = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
-    return skeleton.merge(jax.tree.map(jax.numpy.asarray, nested["params"]))  # type: ignore[return-value]
+    cast = lambda like, x: jax.numpy.asarray(x, like.dtype)
+    return skeleton.merge(jax.tree.map(cast, params, trained))  # type: ignore[return-value]

@@ -7,6 +7,7 @@ from .loop import mean_loss as mean_loss
 from .loop import train as train
 from .metrics import MetricsLog as MetricsLog
 from .metrics import read_metrics as read_metrics
+from .metrics import rewinds_to as rewinds_to
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer
 from .plots import plot_losses as plot_losses

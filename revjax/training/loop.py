@@ -14,13 +14,16 @@ import numpy as np
 
 from ..checkpoint import Checkpointer
 from ..data import Batches
+from ..errors import CheckpointError
 from ..logging import Progress, get_logger
-from .metrics import MetricsLog, bits
+from .metrics import MetricsLog, bits, rewinds_to
+from .reader import Pending, Reader, Trouble
 from .signals import StopRequest
 from .state import Skeleton, TrainState
 from .step import OnTrouble
+from .watchdog import Watchdog
 
-_SHOWN = 5  # complaints that are written out in full
+MOST_REWINDS = 3  # to one checkpoint: then training ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,18 +36,25 @@ class TrainingConfig:
     eval_every: int = 100  # steps between two looks at the held-out text
     eval_batches: int = 8  # batches of such a look, always the same ones
     checkpoint_every: int = 200  # steps; the last step is always saved
-    keep_checkpoints: int = 2  # the latest ones stay on disk
-    on_trouble: OnTrouble = "skip"  # a wrong or broken gradient: warn and use it, skip it, or stop before it
+    keep_latest: int = 2  # so many of the latest checkpoints stay on disk
+    keep_every: int | None = None  # checkpoints at multiples of this stay as well
+    keep_best: int = 0  # so many checkpoints with the lowest held-out loss stay as well
+    on_save_error: Literal["continue", "stop"] = "continue"  # where a checkpoint cannot be written (a full disk)
+    on_trouble: OnTrouble = "skip"  # a gradient not to be trusted: warn and use it, skip it, rewind, or stop before it
     spike_sigmas: float | None = None  # a loss so many deviations above recent ones is trouble; null: none is
     z_loss: float = 0.0  # of the squared log-sum-exp of the logits, added to the training loss; 1e-4 is usual
     ema_decay: float | None = None  # of a running mean of the parameters, which then is what is evaluated; null: none
     log_every_s: float = 10.0  # seconds between two lines of progress, where there is no terminal
+    stall_after_s: float = (
+        300.0  # seconds without a step, a batch or a save, after which a warning says what is awaited
+    )
+    sample_every: int | None = None  # steps between two samples on the way; null: only at the end
     sample_prompt: str = "def "  # what the sample at the end continues; "" writes none
     sample_tokens: int = 300
     sample_temperature: float = 0.7
 
     def __post_init__(self):
-        for name in ("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "sample_tokens"):
+        for name in ("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_latest", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}.")
         if self.tokens is not None and self.tokens < 1:
@@ -59,11 +69,14 @@ class TrainingConfig:
             raise ValueError(f"sample_temperature must be at least 0 (greedy), but got {self.sample_temperature}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, but got {self.seed}.")
-        if self.on_trouble == "rewind":
-            raise ValueError(
-                "on_trouble 'rewind' comes with the training system, which is not part of this version. Use 'skip' "
-                "(leave the update out and go on) or 'stop' (leave it out, save a checkpoint and end)."
-            )
+        for name in ("keep_every", "sample_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or null, but got {getattr(self, name)}.")
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best must be at least 0, but got {self.keep_best}.")
+        for name in ("log_every_s", "stall_after_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, but got {getattr(self, name)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,114 +95,180 @@ def train(
     *,
     config: TrainingConfig,
     skeleton: Skeleton,
-    evaluate: Callable[[TrainState], float] | None,
     checkpointer: Checkpointer,
     metrics_log: MetricsLog,
     stop_request: StopRequest,
+    evaluate: Callable[[TrainState], float | None] | None = None,
+    sample: Callable[[TrainState], str] | None = None,
+    meta: dict[str, Any] | None = None,
 ) -> Outcome:
     """Trains until step `config.steps`, a signal, or (with on_trouble "stop") a gradient that is not to be trusted.
 
     Args:
       state: as of the last step that was made; it is used up.
       train_step: compiled, from `make_train_step`.
-      batches: where they stand is saved with each checkpoint; they must stand at `state.step`.
-      evaluate: returns the held-out loss in nats per token; None leaves validation out.
+      batches: where they stand is saved with each checkpoint.
+      evaluate: returns the held-out loss in nats per token, or None if it was interrupted; None leaves validation out.
+      sample: returns a text, for `config.sample_every`.
+      meta: what each checkpoint holds besides, as JSON has it (versions, configuration).
 
-    Every ending leaves a committed checkpoint of the state that is returned.
+    Every ending leaves a committed checkpoint of the state that is returned; where that cannot be written, raises
+    `CheckpointError`. With on_trouble "rewind" a gradient that is not to be trusted sends training back to the last
+    checkpoint, from where it goes on with the batches after the one that was met.
     """
-    step, validated = int(state.step), -1
-    assert batches.step == step, f"batches stand at {batches.step}, the state at {step}"
-    with Progress(config.steps, "train", every_s=config.log_every_s) as progress:
-        progress.update(step)
-        reader = _Reader(config, skeleton, metrics_log, progress, batches.batch_size * batches.sequence_length)
-
-        def validate():
-            nonlocal validated
-            if evaluate is not None and validated != step:
-                reader.read()
-                validated, loss = step, evaluate(state)
-                metrics_log.validation(step=step, loss=loss, bits_per_byte=bits(loss), time=round(time.time(), 3))
-                get_logger(__name__).info("step %d: validation %.4f bits/byte", step, bits(loss))
-                reader.restart_clock()
-
-        if step == 0:
-            validate()
-        while step < config.steps and not (reader.must_stop or stop_request.signal):
-            state, metrics = train_step(state, next(batches))  # returns at once: the device works on
-            step += 1
-            reader.read()  # the step before this one
-            reader.pending = (step, metrics)
-            if step % config.eval_every == 0 or step == config.steps:
-                validate()
-            if checkpointer.should_save(step):
-                reader.read()
-                checkpointer.save(step, state.as_dict(), {"step": step, "data": batches.state()})
-                reader.restart_clock()
-        reader.read()
-    checkpointer.save(step, state.as_dict(), {"step": step, "data": batches.state()}, force=True)
-    checkpointer.wait()
-    if reader.must_stop:
-        return Outcome(state, "stopped")
-    return Outcome(state, "finished") if step >= config.steps else Outcome(state, "interrupted", stop_request.signal)
+    training = _Training(state, train_step, batches, config, checkpointer, metrics_log, stop_request)
+    training.evaluate, training.sample, training.meta = evaluate, sample, meta or {}
+    tokens_per_step = batches.batch_size * batches.sequence_length
+    with Progress(config.steps, "train", every_s=config.log_every_s) as progress, training.watchdog:
+        progress.update(training.step)
+        training.reader = Reader(config.on_trouble, skeleton, metrics_log, progress, tokens_per_step)
+        return training.run()
 
 
-class _Reader:
-    """Fetches the metrics of a step once the next one is under way; writes, shows and judges them."""
+class _Training:
+    """`train`, with what changes on the way: the state, its step, and where the batches stand."""
 
-    def __init__(
-        self, config: TrainingConfig, skeleton: Skeleton, log: MetricsLog, progress: Progress, tokens_per_step: int
-    ):
-        self.config, self.skeleton, self.log, self.progress = config, skeleton, log, progress
-        self.tokens_per_step = tokens_per_step
-        self.pending: tuple[int, dict[str, Any]] | None = None
-        self.complaints = 0
-        self.must_stop = False
-        self.restart_clock()
+    reader: Reader
+    evaluate: Callable[[TrainState], float | None] | None
+    sample: Callable[[TrainState], str] | None
+    meta: dict[str, Any]
 
-    def restart_clock(self) -> None:
-        """What has passed since the last step was not training."""
-        self.since = time.perf_counter()
+    def __init__(self, state, train_step, batches, config, checkpointer, metrics_log, stop_request):
+        self.state, self.train_step, self.batches = state, train_step, batches
+        self.config: TrainingConfig = config
+        self.checkpointer: Checkpointer = checkpointer
+        self.log: MetricsLog = metrics_log
+        self.stop_request: StopRequest = stop_request
+        self.watchdog = Watchdog(config.stall_after_s)
+        self.step = int(state.step)
+        self.held_out: tuple[int, float] | None = None  # the latest evaluation: its step, its loss
+        self.stopped = False
+        self.like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.as_dict())
 
-    def read(self) -> None:
-        """Waits for the pending step, if there is one, and reads it."""
-        if self.pending is None:
-            return
-        (step, on_device), self.pending = self.pending, None
-        numbers = jax.device_get({name: x for name, x in on_device.items() if name != "report"})
-        now = time.perf_counter()
-        speed, self.since = self.tokens_per_step / max(now - self.since, 1e-9), now
-        trouble, loss = bool(numbers.pop("trouble")), float(numbers["loss"])
-        numbers |= {name: int(numbers[name]) for name in ("canary", "unsafe", "skipped")}
-        numbers |= {"bits_per_byte": bits(loss), "tokens_per_second": round(speed, 1), "time": round(time.time(), 3)}
-        self.log.step(step=step, **numbers)
-        self.progress.update(
-            1, loss=loss, bits_per_byte=bits(loss), tokens_per_s=round(speed), canary=numbers["canary"]
-        )
-        if trouble:
-            self._complain(step, numbers, on_device["report"])
-            self.must_stop = self.config.on_trouble == "stop"
+    def run(self) -> Outcome:
+        if self.step == 0 and self.config.on_trouble == "rewind":
+            self._save(force=True)  # there must be somewhere to go back to
+        self._look()
+        while self._goes_on() or self._read():  # the last step may be in trouble too
+            if self._goes_on():
+                self._train_one()
+                self._look()
+                if self.checkpointer.should_save(self.step) and not self._read():
+                    self._save()
+        self._save(force=True)
+        if self.stopped:
+            return Outcome(self.state, "stopped")
+        if self.step >= self.config.steps and self._looked():
+            return Outcome(self.state, "finished")
+        return Outcome(self.state, "interrupted", self.stop_request.signal)
 
-    def _complain(self, step: int, metrics: dict[str, Any], report: Any) -> None:
-        self.complaints += 1
-        done = {
-            "warn": "The update was made all the same (training.on_trouble: warn).",
-            "skip": "The update was left out (training.on_trouble: skip).",
-            "stop": "The update was left out, and training ends (training.on_trouble: stop).",
-        }[self.config.on_trouble]
-        if self.complaints > _SHOWN and self.config.on_trouble != "stop":
-            get_logger(__name__).warning("step %d: trouble again (%d times so far). %s", step, self.complaints, done)
-            return
-        said = report.describe(self.skeleton.abstract)
-        finite = np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
-        if not finite:
-            said += f"\nThe loss is {metrics['loss']:.4g} and the norm of its gradient {metrics['grad_norm']:.4g}."
-        get_logger(__name__).warning(
-            "step %d: this step's gradient is not to be trusted.\n%s\n%s", step, said.strip(), done
-        )
+    def _goes_on(self) -> bool:
+        return self.step < self.config.steps and not self.stopped and not self.stop_request.signal
+
+    def _train_one(self) -> None:
+        before, started = self.batches.state(), time.perf_counter()
+        with self.watchdog.watch(f"the batch of step {self.step + 1}"):
+            batch = next(self.batches)
+        waited = time.perf_counter() - started
+        with self.watchdog.watch(f"step {self.step + 1} to begin"):
+            state, metrics = self.train_step(self.state, batch)  # returns at once: the device works on
+        if not self._read():  # the step before this one
+            self.state, self.step = state, self.step + 1
+            self.reader.pending = Pending(self.step, metrics, before, self.batches.state(), waited)
+
+    def _read(self) -> bool:
+        """Reads the pending step, if there is one; returns whether training went back because of it."""
+        with self.watchdog.watch(f"the device, at step {self.step}"):
+            trouble = self.reader.read()
+        if trouble is None or self.config.on_trouble in ("warn", "skip"):
+            return False
+        if self.config.on_trouble == "stop":
+            self.stopped = True
+            return False
+        self._rewind(trouble)
+        return True
+
+    def _rewind(self, trouble: Trouble) -> None:
+        """Goes back to the last checkpoint, and on from there with the batches after the one of `trouble`."""
+        self.checkpointer.wait()
+        nested, meta, damaged = self.checkpointer.restore_latest(self.like)
+        for step, error in damaged.items():
+            get_logger(__name__).error("%s It is now %s.", error, self.checkpointer.set_aside(step))
+        step, back_to = trouble.record["step"], meta["step"]
+        times = len(rewinds_to(self.log.folder, back_to))
+        self.stopped = times >= MOST_REWINDS
+        # Before anything else: a process that is killed from here on resumes behind that batch too.
+        self.log.trouble(**trouble.record, to_step=back_to, resume_data=trouble.batches_after)
+        self.log.go_back(back_to)
+        self.reader.go_back(step - back_to)
+        self.state, self.step = self.state.from_dict(nested), back_to
+        self.batches.restore(trouble.batches_after)
+        if self.stopped:
+            message = "step %d: training went back to step %d %d times already, and ends there."
+            get_logger(__name__).error(message, step, back_to, times)
+        else:
+            get_logger(__name__).warning("back to the checkpoint of step %d, and on without that batch.", back_to)
+
+    def _look(self) -> None:
+        """Evaluates and samples, where it is time to and has not been done."""
+        if not self._looked() and not self._read() and not self.stop_request.signal:
+            if self._is_due("validation"):
+                self._validate()
+            if self._is_due("samples") and not self.stop_request.signal:
+                with self.watchdog.watch(f"the sample of step {self.step}"):
+                    self.log.sample(step=self.step, text=self.sample(self.state))  # pyright: ignore[reportOptionalCall]
+            self.reader.restart_clock()
+
+    def _looked(self) -> bool:
+        return not self._is_due("validation") and not self._is_due("samples")
+
+    def _is_due(self, name: Literal["validation", "samples"]) -> bool:
+        what, every = {
+            "validation": (self.evaluate, self.config.eval_every),
+            "samples": (self.sample, self.config.sample_every),
+        }[name]
+        if what is None or every is None or self.log.last_step(name) >= self.step:
+            return False
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _validate(self) -> None:
+        with self.watchdog.watch(f"the evaluation of step {self.step}"):
+            loss = self.evaluate(self.state)  # pyright: ignore[reportOptionalCall]
+        if loss is not None:
+            self.held_out = self.step, loss
+            self.log.validation(step=self.step, loss=loss, bits_per_byte=bits(loss), time=round(time.time(), 3))
+            get_logger(__name__).info("step %d: validation %.4f bits/byte", self.step, bits(loss))
+
+    def _save(self, *, force: bool = False) -> None:
+        """Starts to save, and with `force` waits until it is done."""
+        meta = self.meta | {"step": self.step, "data": self.batches.state()}
+        loss = self.held_out[1] if self.held_out and self.held_out[0] == self.step else None
+        with self.watchdog.watch(f"the checkpoint of step {self.step}"):
+            for last_try in (False, True):  # the first may only say that an earlier one failed
+                try:
+                    self.checkpointer.save(self.step, self.state.as_dict(), meta, loss=loss, force=force)
+                    if force:
+                        self.checkpointer.wait()
+                    break
+                except CheckpointError as e:
+                    if self.config.on_save_error == "stop" or (force and last_try):
+                        raise
+                    get_logger(__name__).error("%s Training goes on (training.on_save_error: continue).", e)
+        self.reader.restart_clock()
 
 
-def mean_loss(eval_step: Callable[[Any, Any], tuple[Any, Any]], params: Any, batches: Iterable[Any]) -> float:
-    """The loss in nats per token over all of `batches`: the sums are divided once."""
-    sums = [eval_step(params, batch) for batch in batches]
-    total, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+def mean_loss(
+    eval_step: Callable[[Any, Any], tuple[Any, Any]],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """The loss in nats per token over all of `batches`, whose sums are divided once; None once `stop()` is true."""
+    sums = []
+    for batch in batches:
+        if stop():
+            return None
+        sums.append(jax.device_get(eval_step(params, batch)))
+    total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
     return float(total / weight)

@@ -1,7 +1,9 @@
 """Numbers of a run, one JSON object a line: a line is complete, or it is the last one.
 
-`metrics.jsonl` has one line for each step, `validation.jsonl` one for each evaluation. A number that is
-not finite is written as null, because JSON has no NaN.
+metrics.jsonl      one for each step                       validation.jsonl   one for each evaluation
+samples.jsonl      one for each text                       trouble.jsonl      one for each gradient not trusted
+
+A number that is not finite is written as null, because JSON has no NaN.
 """
 
 import json
@@ -13,9 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..logging import get_logger
+
+_NAMES = ("metrics", "validation", "samples", "trouble")
+
 
 class MetricsLog:
-    """Appends to the two files of a run folder.
+    """Appends to the four files of a run folder.
+
+    A disk that is full or gone is told once and ends nothing: lines wait in memory until they can be written.
 
     Args:
       folder: an existing folder.
@@ -23,24 +31,34 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike, *, start_step: int = 0):
-        folder = pathlib.Path(folder)
-        self._files = {}
-        for name in ("metrics", "validation"):
-            path = folder / f"{name}.jsonl"
-            _keep_up_to(path, start_step)
-            self._files[name] = open(path, "a", encoding="utf-8")
+        self.folder = pathlib.Path(folder)
+        self._files = {name: _Lines(self.folder / f"{name}.jsonl") for name in _NAMES}
+        self.go_back(start_step)
 
     def step(self, **numbers: Any) -> None:
         """Writes a line of metrics.jsonl: what became of one training step."""
-        self._write("metrics", numbers)
+        self._files["metrics"].append(numbers)
 
     def validation(self, **numbers: Any) -> None:
         """Writes a line of validation.jsonl."""
-        self._write("validation", numbers)
+        self._files["validation"].append(numbers)
 
-    def _write(self, name: str, numbers: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps({k: _plain(v) for k, v in numbers.items()}) + "\n")
-        self._files[name].flush()
+    def sample(self, **fields: Any) -> None:
+        """Writes a line of samples.jsonl."""
+        self._files["samples"].append(fields)
+
+    def trouble(self, **fields: Any) -> None:
+        """Writes a line of trouble.jsonl, and waits until it is on the disk."""
+        self._files["trouble"].append(fields, sync=True)
+
+    def last_step(self, name: str) -> int:
+        """The step of the last line of NAME.jsonl; -1 where there is none."""
+        return self._files[name].last_step
+
+    def go_back(self, step: int) -> None:
+        """Drops lines after `step`. A rewind to `step` or before it stays: what follows depends on it."""
+        for file in self._files.values():
+            file.keep(lambda line: line["step"] <= step or line.get("to_step", math.inf) <= step)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -53,6 +71,55 @@ class MetricsLog:
         self.close()
 
 
+class _Lines:
+    """A .jsonl file that only ever grows by whole lines."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.last_step = path, -1
+        self._waiting: list[bytes] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._size = os.fstat(self._file).st_size
+
+    def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
+        self.last_step = fields["step"]
+        self._waiting.append(_line({k: _plain(v) for k, v in fields.items()}))
+        text = b"".join(self._waiting)
+        try:
+            if os.write(self._file, text) < len(text):
+                raise OSError(0, "it is full")
+            if sync:
+                os.fsync(self._file)
+        except OSError as e:
+            os.ftruncate(self._file, self._size)  # nothing, rather than a part of a line
+            if len(self._waiting) == 1:
+                get_logger(__name__).error("Cannot write %s: %s. Its lines wait in memory.", self.path, e.strerror)
+        else:
+            self._size += len(text)
+            self._waiting.clear()
+
+    def keep(self, wanted) -> None:
+        """Drops the lines that are not `wanted`, and what is left of one that was cut off."""
+        self._waiting = [line for line in self._waiting if wanted(json.loads(line))]
+        lines = read_metrics(self.path)
+        kept = [line for line in lines if wanted(line)]
+        self.last_step = max((line["step"] for line in kept), default=-1)
+        text = b"".join(map(_line, kept))
+        if len(kept) < len(lines) or self.path.stat().st_size != len(text):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_bytes(text)
+            os.replace(temporary, self.path)
+            os.close(self._file)
+            self._open()
+
+    def close(self) -> None:
+        if self._waiting:
+            get_logger(__name__).error("%d lines of %s could not be written.", len(self._waiting), self.path)
+        os.close(self._file)
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a .jsonl file; [] where there is no file. A last line that was cut off is left out."""
     path = pathlib.Path(path)
@@ -62,19 +129,18 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is not complete
 
 
+def rewinds_to(folder: str | os.PathLike, step: int) -> list[dict[str, Any]]:
+    """The lines of trouble.jsonl that tell of going back to the checkpoint of `step`, oldest first."""
+    return [line for line in read_metrics(pathlib.Path(folder) / "trouble.jsonl") if line.get("to_step") == step]
+
+
 def bits(nats: float) -> float:
     """Nats in bits."""
     return nats / math.log(2)
 
 
-def _keep_up_to(path: pathlib.Path, step: int) -> None:
-    lines = read_metrics(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if not path.exists() or (len(kept) == len(lines) and path.read_bytes().endswith(b"\n")):
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+def _line(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
 
 
 def _plain(x: Any) -> Any:

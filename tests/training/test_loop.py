@@ -1,8 +1,11 @@
 """The loop reads one step late, tells loudly what went wrong, and always ends with a checkpoint that continues."""
 
+import errno
 import json
 import logging
+import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from flax import nnx
 
 from revjax.checkpoint import Checkpointer
 from revjax.data import batches
+from revjax.errors import CheckpointError
 from revjax.logging import get_logger
 from revjax.models.stack import ReversibleStack
 from revjax.training import (
@@ -21,8 +25,10 @@ from revjax.training import (
     TrainingConfig,
     init_state,
     make_train_step,
+    mean_loss,
     plot_losses,
     read_metrics,
+    rewinds_to,
     split,
     train,
 )
@@ -51,7 +57,8 @@ def parts():
     skeleton, params = split(ReversibleStack(Branch, num_layers=2, rngs=nnx.Rngs(0)))
     optimizer = optax.adam(1e-2)
     steps = {
-        how: jax.jit(make_train_step(skeleton, loss, optimizer, on_trouble=how)) for how in ("warn", "skip", "stop")
+        how: jax.jit(make_train_step(skeleton, loss, optimizer, on_trouble=how))
+        for how in ("warn", "skip", "rewind", "stop")
     }
     return skeleton, steps, init_state(params, optimizer, jax.random.key(0))
 
@@ -69,25 +76,26 @@ def told():
     logger.setLevel(level)
 
 
-def run(folder, parts, *, before_step=lambda i, row: row, **settings):
-    """Trains in `folder`, going on from its checkpoint; `before_step` may change batch i or raise."""
+def run(folder, parts, *, before_step=lambda i, row: row, evaluate=lambda state: 1.0 + float(state.step), **settings):
+    """Trains in `folder`, going on from its checkpoint; `before_step` may change what step i gets, or raise."""
     skeleton, steps, state = parts
     config = TrainingConfig(**({"steps": 10, "eval_every": 4, "checkpoint_every": 5} | settings))
     rows = batches(TOKENS, batch_size=4, sequence_length=8, seed=0)
     checkpointer = Checkpointer(folder / "checkpoints", every=config.checkpoint_every, keep=2)
     if checkpointer.latest_step() is not None:
         nested, meta = checkpointer.restore(target=state.as_dict())
-        rows.restore(meta["data"])
+        rewinds = rewinds_to(folder, meta["step"])
+        rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"])
         state = state.from_dict(nested)
     step = lambda state, batch: steps[config.on_trouble](state, before_step(int(state.step), batch))
-    with checkpointer, MetricsLog(folder, start_step=rows.step) as log, StopRequest() as request:
+    with checkpointer, MetricsLog(folder, start_step=int(state.step)) as log, StopRequest() as request:
         return train(
             state,
             step,
             rows,
             config=config,
             skeleton=skeleton,
-            evaluate=lambda state: 1.0 + float(state.step),
+            evaluate=evaluate,
             checkpointer=checkpointer,
             metrics_log=log,
             stop_request=request,
@@ -200,6 +208,187 @@ def test_stop_also_stops_at_the_last_step_and_beside_an_evaluation(tmp_path, par
         assert run(tmp_path / str(at), parts, before_step=spoil(at, NAN), on_trouble="stop").ended == "stopped"
 
 
+def begins_with(value):
+    """A batch of these tokens begins with `value`: the same one whenever it comes."""
+
+    def before_step(i, row):
+        row = row.copy()
+        row[0, 0] = NAN if row[0, 1] == value else 1
+        return row
+
+    return before_step
+
+
+def test_rewind_goes_back_and_on_without_the_batch(tmp_path, parts, told):
+    rows = batches(TOKENS, batch_size=4, sequence_length=8, seed=0)
+    bad = begins_with(rows.batch(7)[0, 1])
+    outcome = run(tmp_path, parts, before_step=bad, on_trouble="rewind")
+    assert outcome.ended == "finished" and int(outcome.state.step) == 10 and int(outcome.state.skipped) == 0
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11)) and None not in [line["loss"] for line in lines]
+    (line,) = read_metrics(tmp_path / "trouble.jsonl")
+    assert (line["step"], line["to_step"], line["batch"]["step"], line["resume_data"]["step"]) == (8, 5, 7, 8)
+    np.testing.assert_array_equal(rows.batch(line["batch"]["step"]), rows.batch(7))  # it can be had again
+    assert any("back to the checkpoint of step 5" in line for line in told)
+    # The steps after 5 are those of a run whose batches go from the fifth to the ninth.
+    skeleton, steps, state = parts
+    for i in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12):
+        state, _ = steps["rewind"](state, bad(i, rows.batch(i)))
+    assert same_bits(outcome.state, state)
+
+
+@pytest.mark.parametrize("at", [3, 8, 9])
+def test_a_run_that_went_back_resumes_as_if_it_had_not_been_stopped(tmp_path, parts, at):
+    """Killed after the rewind and before the next checkpoint: the batch does not come again."""
+    bad = begins_with(batches(TOKENS, batch_size=4, sequence_length=8, seed=0).batch(2)[0, 1])
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    settings = {"on_trouble": "rewind", "checkpoint_every": 20, "steps": 12}
+    straight = run(tmp_path / "a", parts, before_step=bad, **settings)
+    calls = []
+
+    def killed(i, row):
+        calls.append(i)
+        if len(calls) == at + 4:
+            raise RuntimeError("power cut")
+        return bad(i, row)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "b", parts, before_step=killed, **settings)
+    assert same_bits(run(tmp_path / "b", parts, before_step=bad, **settings).state, straight.state)
+    troubles = [read_metrics(tmp_path / name / "trouble.jsonl") for name in "ab"]
+    assert troubles[0] == troubles[1] and len(troubles[0]) == 1
+
+
+def test_rewinding_ends_when_it_does_not_help(tmp_path, parts, told):
+    outcome = run(
+        tmp_path, parts, before_step=lambda i, row: spoil(i, NAN)(i, row) if i >= 6 else row, on_trouble="rewind"
+    )
+    assert outcome.ended == "stopped" and int(outcome.state.step) == 5
+    assert any("went back to step 5 3 times already" in line for line in told)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome.state.params))
+
+
+def test_every_trouble_is_written_down_with_its_batch(tmp_path, parts):
+    run(tmp_path, parts, before_step=spoil(4, NAN))
+    (line,) = read_metrics(tmp_path / "trouble.jsonl")
+    assert (
+        line["step"] == 5 and line["batch"]["step"] == 4 and line["loss"] is None and "The loss is nan" in line["what"]
+    )
+
+
+def test_an_evaluation_that_was_interrupted_is_made_on_resume(tmp_path, parts):
+    def interrupted(state):
+        if int(state.step) == 8:
+            signal.raise_signal(signal.SIGTERM)
+            return None  # as `mean_loss` does
+        return 1.0 + float(state.step)
+
+    outcome = run(tmp_path, parts, evaluate=interrupted)
+    assert outcome.ended == "interrupted" and int(outcome.state.step) == 8
+    assert [line["step"] for line in read_metrics(tmp_path / "validation.jsonl")] == [0, 4]
+    run(tmp_path, parts)
+    assert [line["step"] for line in read_metrics(tmp_path / "validation.jsonl")] == [0, 4, 8, 10]
+
+
+def test_the_mean_loss_can_be_interrupted():
+    seen = []
+    step = lambda params, batch: (seen.append(batch), (batch, 2.0))[1]
+    assert mean_loss(step, None, [1.0, 3.0]) == 1.0
+    assert mean_loss(step, None, [1.0, 3.0, 5.0], stop=lambda: len(seen) == 4) is None
+
+
+def test_the_best_and_every_third_checkpoint_stay(tmp_path, parts):
+    losses = {2: 5.0, 4: 1.0, 6: 4.0, 8: 3.0, 10: 2.0}
+    skeleton, steps, state = parts
+    config = TrainingConfig(steps=10, eval_every=2, checkpoint_every=2)
+    rows = batches(TOKENS, batch_size=4, sequence_length=8, seed=0)
+    with (
+        Checkpointer(tmp_path / "checkpoints", every=2, keep=1, keep_every=6, keep_best=2) as checkpointer,
+        MetricsLog(tmp_path) as log,
+        StopRequest() as request,
+    ):
+        train(
+            state,
+            steps["skip"],
+            rows,
+            config=config,
+            skeleton=skeleton,
+            evaluate=lambda state: losses.get(int(state.step), 9.0),
+            checkpointer=checkpointer,
+            metrics_log=log,
+            stop_request=request,
+        )
+    assert Checkpointer(tmp_path / "checkpoints").steps() == [4, 6, 10]  # the best, every sixth, the best and latest
+
+
+@pytest.mark.parametrize("on_save_error", ["continue", "stop"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_only_where_it_is_told_to(
+    tmp_path, parts, told, monkeypatch, on_save_error
+):
+    real, failing = Checkpointer.save, {5}
+
+    def save(self, step, *args, **options):
+        if step in failing and not options.get("force"):
+            raise CheckpointError(f"Step {step} could not be saved: No space left on device.")
+        return real(self, step, *args, **options)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    if on_save_error == "stop":
+        with pytest.raises(CheckpointError, match="No space left"):
+            run(tmp_path, parts, on_save_error=on_save_error)
+    else:
+        assert run(tmp_path, parts, on_save_error=on_save_error).ended == "finished"
+        assert Checkpointer(tmp_path / "checkpoints").steps() == [10]
+        assert any("No space left" in line and "Training goes on" in line for line in told)
+
+
+def test_a_full_disk_keeps_lines_of_the_log_in_memory_until_they_can_be_written(tmp_path, monkeypatch, told):
+    real, full = os.write, [False]
+
+    def write(file, text):
+        if full[0]:
+            real(file, text[:3])  # as much as there was room for
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, text)
+
+    monkeypatch.setattr(os, "write", write)
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 6):
+            full[0] = step in (2, 3)
+            log.step(step=step)
+            on_disk = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+            assert on_disk == ([1] if step < 4 else list(range(1, step + 1)))
+    assert len([line for line in told if "No space left on device" in line]) == 1
+
+
+def test_a_stall_is_told_with_what_is_awaited(tmp_path, parts, told):
+    slow = lambda i, row: time.sleep(0.5 if i == 3 else 0) or row
+    run(tmp_path, parts, before_step=slow, stall_after_s=0.1)
+    assert any(line.startswith("nothing has happened for 0 s: waiting for") for line in told)
+
+
+def test_samples_on_the_way_are_lines_of_their_own(tmp_path, parts):
+    skeleton, steps, state = parts
+    with (
+        Checkpointer(tmp_path / "checkpoints", every=5) as checkpointer,
+        MetricsLog(tmp_path) as log,
+        StopRequest() as request,
+    ):
+        train(
+            state,
+            steps["skip"],
+            batches(TOKENS, batch_size=4, sequence_length=8, seed=0),
+            config=TrainingConfig(steps=6, sample_every=4),
+            skeleton=skeleton,
+            sample=lambda state: f"after {int(state.step)}",
+            checkpointer=checkpointer,
+            metrics_log=log,
+            stop_request=request,
+        )
+    lines = read_metrics(tmp_path / "samples.jsonl")
+    assert lines == [{"step": n, "text": f"after {n}"} for n in (0, 4, 6)]
+
+
 def test_warn_goes_on_with_the_wrong_update(tmp_path, parts, told):
     outcome = run(tmp_path, parts, before_step=spoil(4, NAN), on_trouble="warn")
     assert np.isnan(jax.tree.leaves(outcome.state.params)[0]).all()
@@ -209,7 +398,10 @@ def test_warn_goes_on_with_the_wrong_update(tmp_path, parts, told):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"on_trouble": "rewind"}, "'rewind' comes with the training system.*'skip'.*'stop'"),
+        ({"keep_every": 0}, "keep_every must be at least 1"),
+        ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
+        ({"spike_sigmas": 0.0}, "spike_sigmas must be above 0"),
+        ({"tokens": 0}, "tokens must be at least 1"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"seed": -1}, "seed must be between"),
         ({"sample_temperature": -1.0}, "sample_temperature"),
