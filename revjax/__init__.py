@@ -3,7 +3,7 @@
 from .core import BDIA as BDIA
 from .core import AbstractCoupling as AbstractCoupling
 from .core import Leapfrog as Leapfrog
-from .core import Linear as Linear
+from .core import LinearCoupling as LinearCoupling
 from .core import Midpoint as Midpoint
 from .core import Momentum as Momentum
 from .core import NearResidual as NearResidual

@@ -4,7 +4,11 @@ Eight CPU devices let a sharding test run where it stands. They cost a test on o
 7.2 s for the reconstruction tests of 96 layers, on two cores), and neither did one thread per operation gain any.
 """
 
+import os
+
 import jax
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of processes that tests start
+jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

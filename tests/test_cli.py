@@ -1,5 +1,6 @@
 """A mistake is one message, exit code 2 and nothing written; Ctrl-C leaves a checkpoint that loads."""
 
+import json
 import os
 import pathlib
 import signal
@@ -117,7 +118,24 @@ def test_help_explains_every_field(capsys, command, field):
 
 def test_the_resolved_config_can_be_printed(capsys):
     assert cli.main(["train", TINY, "--print-config", "--model.num_layers=7"]) == 0
-    assert "num_layers: 7" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "num_layers: 7 " in out and "# --model.num_layers" in out and "tiny.yaml:" in out
+
+
+def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(tmp_path, capsys):
+    words = ["train", TINY, "--dry-run", f"--run.folder={tmp_path}", "--training.ema_decay=0.99"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "parameters 140 kB, optimizer 280 kB, running mean 140 kB" in out
+    assert "with jax.checkpoint" in out and "of temporary bytes in all" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_for_machines_is_one_json_object_a_line(tmp_path, capfd):
+    words = ["train", TINY, f"--run.folder={tmp_path}", "--training.steps=2", "--log-format=json"]
+    assert cli.main(words) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert {"time", "level", "message"} <= set(lines[0]) and any("bits_per_byte" in line for line in lines)
 
 
 def test_every_script_calls_its_command():
@@ -135,9 +153,10 @@ def test_check_tells_by_its_exit_code(capsys, monkeypatch, faults, code):
 
 
 @pytest.mark.slow
-def test_the_model_of_a_config_passes_its_check(capsys):
-    assert cli.main(["check", TINY, "--model.num_layers=1"]) == 0
-    assert "exact" in capsys.readouterr().out
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_model_of_every_config_passes_its_check(capsys, config):
+    assert cli.main(["check", str(config)]) == 0
+    assert "verdict: exact; safe to train" in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_generates(tmp_path, capsys):

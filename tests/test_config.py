@@ -116,6 +116,14 @@ def test_provenance_names_the_place_of_every_value(write):
     assert loaded.config.model.num_heads == 4
 
 
+def test_a_config_is_described_as_yaml_with_the_place_of_every_value(write):
+    path = write("model:\n  d_model: 64\n")
+    loaded = load_with_provenance(Run, path, ["--model.num_heads=4"], {})
+    text = loaded.describe()
+    assert "  d_model: 64" in text and f"# {path}:2" in text and "# --model.num_heads" in text and "# default" in text
+    assert load(Run, write(text, "b.yaml"), environ={}) == loaded.config
+
+
 @pytest.mark.parametrize(
     "text, number",
     [("1e-3", 1e-3), ("1E5", 1e5), (".5", 0.5), ("-2", -2.0), ("1_000", 1000.0), ("0x10", 16.0), ("+3.", 3.0)],

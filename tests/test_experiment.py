@@ -203,8 +203,19 @@ def test_a_model_that_is_not_there_is_an_error_in_words(finished, tmp_path):
     (tmp_path / "config.yaml").write_text((finished[0].run.path / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         experiment.load_model(tmp_path)
-    with pytest.raises(ConfigError, match="at least one token"):
-        experiment.sample_text(finished[1].skeleton.abstract, experiment.SampleConfig(prompt=""))
+
+
+def test_an_empty_prompt_begins_a_file(finished):
+    model = experiment.load_model(finished[0].run.path)
+    assert len(experiment.sample_text(model, experiment.SampleConfig(prompt="", max_new_tokens=8))) <= 8
+
+
+def test_what_a_run_left_before_its_first_step_is_no_run(text, tmp_path):
+    config = configure(text, tmp_path)
+    first = RunFolder(config.run.path, config)
+    first.claim("")
+    first.release()
+    assert RunFolder(config.run.path, configure(text, tmp_path, "--model.num_layers=3")).is_new
 
 
 @pytest.mark.parametrize(

@@ -9,5 +9,6 @@ from .memory import MemoryConfig as MemoryConfig
 from .memory import memory as memory
 from .speed import SpeedConfig as SpeedConfig
 from .speed import speed as speed
+from .suites import ABOUT as ABOUT
 from .suites import SUITES as SUITES
 from .suites import run_suite as run_suite

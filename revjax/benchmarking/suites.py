@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ..logging import get_logger
 from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
 from .gradients import GradientsConfig, gradients
 from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
@@ -62,12 +63,23 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
 }
 
 
+ABOUT = {
+    "exactness": "rows rebuilt wrong after training, for every coupling, beside float streams (about an hour)",
+    "gradients": "gradients against stored activations, for six couplings in two dtypes (ten minutes)",
+    "attention": "bytes of blockwise attention at three lengths (a minute)",
+    "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",
+    "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
+    "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
+}  # on two CPU cores
+
+
 def run_suite(name: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields every row of a suite; those already in `folder`/NAME.jsonl under this jax are read, not measured."""
     measure, configs = SUITES[name]
     path = folder / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for config in configs:
+    for i, config in enumerate(configs):
+        get_logger(__name__).info("%s: row %d of %d", name, i + 1, len(configs))
         wanted = {"jax": jax.__version__, "backend": jax.default_backend()} | dataclasses.asdict(config)
         row = next((row for row in rows if wanted.items() <= row.items()), None)
         if row is None:

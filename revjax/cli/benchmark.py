@@ -3,8 +3,9 @@
 import json
 import pathlib
 
-from ..benchmarking import SUITES, run_suite
+from ..benchmarking import ABOUT, SUITES, run_suite
 from ..errors import ConfigError, nearest
+from ..logging import setup
 from .words import leading_names, one_name, take
 
 USAGE = f"revjax benchmark {'|'.join(SUITES)} [--folder=runs/benchmarks]"
@@ -14,7 +15,9 @@ def benchmark(argv: list[str]) -> int:
     """Prints a line of JSON for each measurement of a suite; an interrupted suite goes on where it was."""
     names, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(f"usage: {USAGE}\n\nRows are kept in FOLDER/SUITE.jsonl and not measured again.")
+        suites = "\n".join(f"  {name:<11} {about}" for name, about in ABOUT.items())
+        kept = "A row is a line of JSON; rows are kept in FOLDER/SUITE.jsonl and not measured again."
+        print(f"usage: {USAGE}\n\n{suites}\n\nTimes are for two CPU cores. {kept}")
         return 0
     name = one_name(names, USAGE)
     if name not in SUITES:
@@ -23,6 +26,7 @@ def benchmark(argv: list[str]) -> int:
     if unknown:
         raise ConfigError(f"Unexpected {unknown[0]!r}. Write: {USAGE}")
     folder = settings[-1].removeprefix("--folder=") if settings else "runs/benchmarks"
+    setup()
     for row in run_suite(name, pathlib.Path(folder)):
         print(json.dumps(row), flush=True)
     return 0

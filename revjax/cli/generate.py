@@ -14,6 +14,7 @@ def generate(argv: list[str]) -> int:
         print(help_text(experiment.SampleConfig, prog="revjax generate", description=USAGE))
         return 0
     options = load(experiment.SampleConfig, (), settings, environ={})
+    experiment.use_compilation_cache("auto")
     model = experiment.load_model(one_name(names, USAGE))
     print(experiment.sample_text(model, options))
     return 0

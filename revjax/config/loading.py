@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from ..errors import ConfigError
-from .files import parse, read
+from .files import dump, parse, read
 from .schema import build
 from .values import Value, merge
 
@@ -20,6 +20,23 @@ class Loaded(Generic[T]):
 
     config: T
     provenance: dict[str, str]  # "model.num_layers" -> "configs/a.yaml:3", "--model.num_layers", "default"
+
+    def describe(self) -> str:
+        """The config as YAML, which `load` reads back, with where each value was set as a comment beside it."""
+        lines = [*_lines(self.config, self.provenance)]
+        width = min(max(len(text) for text, _ in lines), 60)
+        return "\n".join(f"{text:<{width}}  # {where}" if where else text for text, where in lines) + "\n"
+
+
+def _lines(config: Any, provenance: Mapping[str, str], path: str = "", indent: str = ""):
+    for f in dataclasses.fields(config):
+        at, value = f"{path}.{f.name}" if path else f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield f"{indent}{f.name}:", None
+            yield from _lines(value, provenance, at, indent + "  ")
+        else:
+            text = " ".join(dump({f.name: value}).split())
+            yield indent + (text[1:-1] if text[0] == "{" else text), provenance.get(at, "default")
 
 
 def load(

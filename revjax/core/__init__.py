@@ -4,7 +4,7 @@ from .chunks import by_tokens as by_tokens
 from .coupling import BDIA as BDIA
 from .coupling import AbstractCoupling as AbstractCoupling
 from .coupling import Leapfrog as Leapfrog
-from .coupling import Linear as Linear
+from .coupling import LinearCoupling as LinearCoupling
 from .coupling import Midpoint as Midpoint
 from .coupling import Momentum as Momentum
 from .coupling import NearResidual as NearResidual

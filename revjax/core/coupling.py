@@ -86,7 +86,7 @@ class AbstractCoupling(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear(AbstractCoupling):
+class LinearCoupling(AbstractCoupling):
     """b = sign * 2**-shift, and h. Exact for shift 0, 1, 2, 4 and 8 (bits that fill a byte).
 
     `sign` and `h` are numbers, or arrays (traced ones too) with one entry for each f; they are not
@@ -146,19 +146,19 @@ class Linear(AbstractCoupling):
         return unsafe | grid.unsafe(x_prev - x) if self.shift else unsafe
 
 
-def RevNet() -> Linear:
+def RevNet() -> LinearCoupling:
     """Two streams, b = 1, h = 1; keeps nothing. f alternates attention and MLP (arXiv:1707.04585, 2001.04451)."""
-    return Linear()
+    return LinearCoupling()
 
 
-def Midpoint(step: Scalar = 0.5) -> Linear:
+def Midpoint(step: Scalar = 0.5) -> LinearCoupling:
     """The explicit midpoint rule, b = 1, h = 2 step; keeps nothing. f is a whole block (arXiv:2512.02056, eq. 2.4)."""
-    return Linear(h=2 * step)
+    return LinearCoupling(h=2 * step)
 
 
-def Leapfrog(step: float = 0.5) -> Linear:
+def Leapfrog(step: float = 0.5) -> LinearCoupling:
     """Leapfrog, b = -1, h = step**2; keeps nothing (arXiv:2512.02056, eq. 2.6)."""
-    return Linear(sign=-1, h=step**2)
+    return LinearCoupling(sign=-1, h=step**2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,15 +185,15 @@ def Momentum(beta: float = 0.5) -> AbstractCoupling:
         raise ValueError(f"beta must lie between 0 and 1, but got {beta}.")
     for shift in (1, 2, 4, 8):
         if beta == 2.0**-shift:
-            return Linear(sign=-1, shift=shift, h=1 - beta)
+            return LinearCoupling(sign=-1, shift=shift, h=1 - beta)
     return FloatMomentum(beta=beta)
 
 
-def NearResidual(shift: int = 1) -> Linear:
+def NearResidual(shift: int = 1) -> LinearCoupling:
     """Near the ordinary residual network: b = 2**-shift, h = 1. Keeps `shift` bits (1, 2, 4, 8) an element and f."""
     if shift == 0:
         raise ValueError("shift must be 1, 2, 4 or 8, but got 0. With b = 1 this is RevNet().")
-    return Linear(shift=shift)
+    return LinearCoupling(shift=shift)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ class BDIA(AbstractCoupling):
         return {"sign": sign.reshape(num_fns, -1, *[1] * (x.ndim - 1))}
 
     def _linear(self, n):
-        return Linear(sign=n["sign"], shift=self.shift, h=1 + n["sign"] * 2.0**-self.shift), None
+        return LinearCoupling(sign=n["sign"], shift=self.shift, h=1 + n["sign"] * 2.0**-self.shift), None
 
     def forward(self, x_prev, x, fx, n):
         linear, n = self._linear(n)

@@ -143,8 +143,8 @@ class Layers:
                 period.append(trace(f, params, stream, inputs))
                 if coupling.linear and period[-1].fx_dtype is None:
                     raise TypeError(
-                        f"{type(coupling).__name__} adds an array to x, but {getattr(f, '__name__', f)} returned a "
-                        "pytree. Return fx, or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
+                        f"The coupling adds an array to x, but {getattr(f, '__name__', f)} returned none (but None, a "
+                        "tuple or a dict). Return fx, or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
                     )
                 tape = period[-1].tape_shape
                 replay.append(trace(f, params, stream, inputs | {"tape": tape}) if tape is not None else period[-1])

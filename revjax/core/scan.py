@@ -147,11 +147,12 @@ def reversible_scan(
 
     def core_fwd(diff, streams, rest, canary):
         out, kept = forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=True)
-        return out, (diff, rest, kept, out["unsafe"], out["max_abs"])  # what is kept: see forward.run
+        corner = jax.tree.map(lambda x: x[(0,) * x.ndim], streams)  # a float of x: what is kept of it are integers
+        return out, (diff, rest, kept, out["unsafe"], out["max_abs"], corner)  # what is kept: see forward.run
 
     def core_bwd(residuals, cotangents):
-        diff, rest, kept, unsafe, max_abs = residuals
-        diff, cotangents = refuse_gradient((diff, cotangents), FIRST_ORDER_ONLY)
+        diff, rest, kept, unsafe, max_abs, corner = residuals
+        diff, cotangents, _ = refuse_gradient((diff, cotangents, corner), FIRST_ORDER_ONLY)
         ddiff, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents)
         ddiff = jax.tree.map(lambda d, a: d.astype(a.dtype), partition(ddiff)[0], diff)
         dstreams = jax.tree.map(lambda d, a: d.astype(a.dtype), dstreams, problem.streams)

@@ -7,6 +7,7 @@ from .build import Experiment as Experiment
 from .build import build as build
 from .build import check_model as check_model
 from .build import next_byte_loss as next_byte_loss
+from .compilation import use_compilation_cache as use_compilation_cache
 from .config import FolderConfig as FolderConfig
 from .config import MemoryConfig as MemoryConfig
 from .config import RunConfig as RunConfig

@@ -44,9 +44,14 @@ class Experiment:
     damaged: dict[int, DamagedCheckpointError]  # checkpoints later than the one that the run continues from
 
     @property
+    def is_dry(self) -> bool:
+        """Whether there are only shapes, and nothing to train."""
+        return isinstance(self.state.step, jax.ShapeDtypeStruct)
+
+    @property
     def start_step(self) -> int:
         """0, or the step of the checkpoint that the run continues from."""
-        return int(self.state.step)
+        return 0 if self.is_dry else int(self.state.step)
 
 
 def next_byte_loss(
@@ -57,9 +62,10 @@ def next_byte_loss(
     return model.loss(rows[:, :-1], rows[:, 1:], key=key, z_loss=z_loss)  # type: ignore[attr-defined]
 
 
-def build(config: RunConfig) -> Experiment:
+def build(config: RunConfig, *, dry: bool = False) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
+    With `dry`, parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
     Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing.
     """
     folder = RunFolder(config.run.path, config, ignore=FREE)
@@ -71,19 +77,20 @@ def build(config: RunConfig) -> Experiment:
         seed=config.training.seed,
     )
     param_key, step_key = jax.random.split(jax.random.key(config.training.seed))
-    skeleton, params = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(param_key)))
+    make_model = lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(param_key))
+    skeleton, params = split(nnx.eval_shape(make_model) if dry else make_model())
     training = config.training
     schedule = make_schedule(config.optimizer, training.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    state = init_state(
-        params,
-        optimizer,
-        step_key,
+    start = functools.partial(
+        init_state,
+        optimizer=optimizer,
+        key=step_key,
         ema=training.ema_decay is not None,
         loss_scale=config.model.dtype == "float16",
         spikes=training.spike_sigmas is not None,
     )
-    state, damaged = _latest(state, folder, rows)
+    state, damaged = (jax.eval_shape(start, params), {}) if dry else _latest(start(params), folder, rows)
     step = make_train_step(
         skeleton,
         functools.partial(next_byte_loss, z_loss=training.z_loss),

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from ..checkpoint import Checkpointer
-from ..data import ByteTokenizer
+from ..data import END_OF_FILE, ByteTokenizer
 from ..errors import CheckpointError, ConfigError
 from ..generation import generate
 from ..logging import get_logger
@@ -19,13 +19,17 @@ from .config import RunConfig, SampleConfig
 
 
 def sample_text(model: nnx.Module, config: SampleConfig) -> str:
-    """The prompt and what `model` makes of it, up to the end of a file. Raises `ConfigError` for a bad prompt."""
+    """The prompt and what `model` makes of it, up to the end of a file. Raises `ConfigError` for a bad prompt.
+
+    An empty prompt is the beginning of a file.
+    """
     tokenizer = ByteTokenizer()
     prompt = tokenizer.encode(config.prompt)
+    given = prompt if len(prompt) else np.array([END_OF_FILE], np.uint8)
     try:
         new_tokens = generate(
             model,
-            prompt,
+            given,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -34,7 +38,7 @@ def sample_text(model: nnx.Module, config: SampleConfig) -> str:
         )
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    ends = np.flatnonzero((new_tokens == 0) | (new_tokens > 255))
+    ends = np.flatnonzero((new_tokens == END_OF_FILE) | (new_tokens > 255))
     new_tokens = new_tokens[: ends[0]] if len(ends) else new_tokens
     return tokenizer.decode(np.concatenate([prompt, new_tokens]))
 

@@ -6,7 +6,7 @@ import jax
 
 from ..memory import activation_memory
 from ..models import flops_per_token, num_params
-from ..training import read_metrics
+from ..training import TrainState, read_metrics
 from .build import Experiment
 from .run import Result
 from .versions import versions
@@ -32,12 +32,21 @@ def announce(experiment: Experiment) -> str:
         f"{len(corpus.validation):,} bytes of {len(corpus.validation_files)} files held out",
         "training": f"{steps - start:,} steps of {data.batch_size} x {data.sequence_length} tokens: {tokens:,} tokens, "
         f"{flops:.2g} floating-point operations",
+        "state": _state_bytes(experiment.state),
         "activations": f"{reversible} with coupling {model.coupling} and plan {config.memory.plan}; "
         f"{checkpoint} with jax.checkpoint, {stored} stored",
         "": "(temporary bytes of the gradient, counted by XLA)",
+        "step": f"{_bytes(experiment.train_step.memory_analysis().temp_size_in_bytes)} of temporary bytes in all, with "
+        "the optimizer's",
         "results": f"{experiment.folder.path}/",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def _state_bytes(state: TrainState) -> str:
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "running mean": state.ema}
+    sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in parts.items()}
+    return ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items() if size)
 
 
 def summarize(result: Result) -> str:

@@ -72,7 +72,7 @@ def _overflow_advice(stack: ReversibleStack) -> str:
     return (
         f"Streams hold |x| < {limit:.0f} with fraction_bits={stack.fraction_bits}. If |x| is meant to be that large, "
         f"set fraction_bits={max(stack.fraction_bits - 3, 1)}; if it is NaN or grows without bound, lower the learning "
-        "rate."
+        "rate, and ask revjax.check whether a block returns x + f(x) instead of f(x)."
     )
 
 

@@ -24,6 +24,7 @@ from ..core import (
     Run,
     ScanResult,
     by_tokens,
+    parse_coupling,
     reconstruction_error,
     reversible_scan,
 )
@@ -55,7 +56,8 @@ class ReversibleStack(nnx.Module):
       make_block: `make_block(rngs)` returns a block, or a list of residual branches. A list of such
         functions is a period (local, local, global attention, say): layers go through it in turn.
       num_layers: how many blocks.
-      coupling: how increments join the streams, RevNet() if None; a call may pass another.
+      coupling: how increments join the streams, or its name ("near-residual:1"); RevNet() if None; a call may pass
+        another.
       plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one for each run.
       exact, fraction_bits, constrain: see `revjax.reversible_scan`.
       rngs: for the parameters. Each layer gets its own.
@@ -76,7 +78,7 @@ class ReversibleStack(nnx.Module):
         make_block: MakeBlock | Sequence[MakeBlock],
         *,
         num_layers: int,
-        coupling: AbstractCoupling | None = None,
+        coupling: AbstractCoupling | str | None = None,
         plan: Plan = "nothing",
         exact: bool = True,
         fraction_bits: int = 16,
@@ -89,7 +91,15 @@ class ReversibleStack(nnx.Module):
                 "A stack needs num_layers of at least 1 and one make_block or a list of them, but got "
                 f"num_layers={num_layers} and {len(makers)} make_block."
             )
+        for make in makers:
+            if isinstance(make, nnx.Module):
+                raise TypeError(
+                    f"make_block must be a function of rngs that makes a block, but got a {type(make).__name__} that "
+                    f"is made: each layer needs its own. Pass {type(make).__name__}, or lambda rngs: "
+                    f"{type(make).__name__}(..., rngs=rngs)."
+                )
         self.num_layers = num_layers
+        coupling = parse_coupling(coupling) if isinstance(coupling, str) else coupling
         self.coupling = nnx.static(RevNet() if coupling is None else coupling)
         self.plan, self.exact, self.fraction_bits = plan, exact, fraction_bits
         self.constrain = nnx.static(constrain)

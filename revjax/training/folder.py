@@ -2,6 +2,7 @@
 
 config.yaml         as resolved, with the versions that it was started with
 metrics.jsonl       one line for each step            validation.jsonl   one for each evaluation
+samples.jsonl       one line for each sample          trouble.jsonl      one for each gradient not trusted
 checkpoints/STEP    the latest few                    loss.png, sample.txt
 .lock               held by the process that trains here
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..config import dump, load
 from ..errors import ConfigError, RunFolderError
-from .metrics import read_metrics
+from .metrics import LOGS, read_metrics
 
 try:
     import fcntl
@@ -37,10 +38,21 @@ class RunFolder:
     def __init__(self, path: pathlib.Path, config: Any, *, ignore: Collection[str] = ()):
         self.path, self.config = path, config
         self.checkpoints = path / "checkpoints"
-        self.is_new = not path.exists() or (path.is_dir() and not any(p.name != ".lock" for p in path.iterdir()))
+        self.is_new = not path.exists() or (path.is_dir() and self._is_unbegun())
         self._lock: Any = None
         if not self.is_new:
             self._check_same(ignore)
+
+    def _is_unbegun(self) -> bool:
+        """Whether there is nothing in the folder, or only what a run leaves there before its first step."""
+        ours = {".lock", "config.yaml", "checkpoints", *(f"{name}.jsonl" for name in LOGS)}
+        steps = any(p.name.isdecimal() for p in self.checkpoints.glob("*"))
+        others = any(p.name not in ours for p in self.path.iterdir())
+        if steps or others or read_metrics(self.path / "metrics.jsonl"):
+            return False
+        if (self.path / "config.yaml").exists():
+            read_config(self.path, type(self.config))  # or it is the file of something else
+        return True
 
     def _check_same(self, ignore: Collection[str]) -> None:
         there = read_config(self.path, type(self.config))
@@ -79,7 +91,7 @@ class RunFolder:
 
     def give_up(self) -> None:
         """Deletes the folder if this run made it and no step was made."""
-        if self.is_new and not read_metrics(self.path / "metrics.jsonl") and not self.checkpoints.exists():
+        if self.is_new and self.path.is_dir() and self._is_unbegun():
             shutil.rmtree(self.path, ignore_errors=True)
 
 

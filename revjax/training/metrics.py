@@ -17,7 +17,7 @@ import numpy as np
 
 from ..logging import get_logger
 
-_NAMES = ("metrics", "validation", "samples", "trouble")
+LOGS = ("metrics", "validation", "samples", "trouble")
 
 
 class MetricsLog:
@@ -32,7 +32,7 @@ class MetricsLog:
 
     def __init__(self, folder: str | os.PathLike, *, start_step: int = 0):
         self.folder = pathlib.Path(folder)
-        self._files = {name: _Lines(self.folder / f"{name}.jsonl") for name in _NAMES}
+        self._files = {name: _Lines(self.folder / f"{name}.jsonl") for name in LOGS}
         self.go_back(start_step)
 
     def step(self, **numbers: Any) -> None:

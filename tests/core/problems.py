@@ -16,8 +16,8 @@ COUPLINGS = {
     "near-residual-4": core.NearResidual(4),
     "near-residual-8": core.NearResidual(8),
     "bdia": core.BDIA(key=jax.random.key(7)),
-    "h per f": core.Linear(h=jnp.linspace(0.2, 1.0, 2)[jnp.arange(24) % 2]),
-    "signs per f": core.Linear(sign=jnp.where(jnp.arange(24) % 2, 1, -1), h=0.5),
+    "h per f": core.LinearCoupling(h=jnp.linspace(0.2, 1.0, 2)[jnp.arange(24) % 2]),
+    "signs per f": core.LinearCoupling(sign=jnp.where(jnp.arange(24) % 2, 1, -1), h=0.5),
 }
 
 

@@ -39,7 +39,7 @@ def test_a_differentiated_shared_input_is_an_error_unless_only_others_are():
 
 def test_a_differentiated_number_of_the_coupling_is_an_error():
     with pytest.raises(TypeError, match="one of f's parameters"):
-        jax.grad(lambda h: total(coupling=core.Linear(h=h)))(jnp.ones(()))
+        jax.grad(lambda h: total(coupling=core.LinearCoupling(h=h)))(jnp.ones(()))
 
 
 def test_forward_mode_is_an_error():
@@ -51,6 +51,16 @@ def test_forward_mode_is_an_error():
 def test_second_derivatives_are_an_error_not_a_wrong_number(wrap):
     with pytest.raises(TypeError, match="differentiated once"):
         jax.grad(wrap(lambda w: jnp.sum(jax.grad(wrap(total))(w) ** 2)))(W)
+
+
+@pytest.mark.parametrize("options", [{}, {"plan": "inputs:2"}, {"plan": "all"}, {"exact": False}], ids=str)
+@pytest.mark.parametrize("of", [0, 1], ids=["w", "x"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_second_derivatives_in_x_are_an_error_too(wrap, of, options):
+    """Streams are integers between the passes, through which no derivative would come: it would be 0."""
+    first = wrap(jax.grad(lambda w, x: jnp.sum(reversible_scan(Run(f, w), x, **options).mean ** 2), of))
+    with pytest.raises(TypeError, match="differentiated once"):
+        jax.grad(wrap(lambda x: jnp.sum(first(W, x) ** 2)))(X)
 
 
 def test_streams_that_differ_are_an_error():
@@ -120,7 +130,7 @@ def test_an_unknown_plan_is_an_error(text):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: core.Linear(shift=3), lambda: core.Linear(sign=2), lambda: core.Momentum(1.5)]
+    "make", [lambda: core.LinearCoupling(shift=3), lambda: core.LinearCoupling(sign=2), lambda: core.Momentum(1.5)]
 )
 def test_impossible_couplings_are_errors(make):
     with pytest.raises(ValueError, match="must"):

@@ -281,3 +281,10 @@ def test_low_precision_inputs_get_gradients_of_their_own_dtype():
     stack = revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(stack(2 * x))))(X.astype(jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16
+
+
+def test_a_coupling_may_be_its_name_and_a_block_must_not_be_made_already():
+    stack = revjax.ReversibleStack(Convolution, num_layers=2, coupling="near-residual:2", rngs=nnx.Rngs(0))
+    assert stack.coupling == revjax.NearResidual(2)
+    with pytest.raises(TypeError, match="a function of rngs that makes a block, but got a Convolution that is made"):
+        revjax.ReversibleStack(Convolution(nnx.Rngs(0)), num_layers=2, rngs=nnx.Rngs(0))
