@@ -75,6 +75,7 @@ def test_a_mistake_is_one_message_and_nothing_written(here, capsys, words, messa
     (here / "runs" / "file").write_text("")
     (here / "runs" / "other" / "thesis.tex").write_text("")
     (here / "runs" / "another" / "config.yaml").write_text("run: {name: another}\n")
+    (here / "runs" / "another" / "metrics.jsonl").write_text('{"step": 1}\n')
     before = sorted(here.rglob("*"))
     assert message in message_of(capsys, ["train", TINY, *words])
     assert sorted(here.rglob("*")) == before
@@ -139,7 +140,7 @@ def test_a_log_for_machines_is_one_json_object_a_line(tmp_path, capfd):
 
 
 def test_every_script_calls_its_command():
-    for name in ("train", "generate", "check"):
+    for name in ("train", "generate", "evaluate", "runs", "check", "benchmark"):
         text = (ROOT / "scripts" / f"{name}.py").read_text()
         assert f"from revjax.cli.{name} import {name}" in text and f"call({name})" in text
 

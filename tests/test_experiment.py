@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from revjax import experiment
+from revjax import cli, experiment
 from revjax.checkpoint import Checkpointer
 from revjax.config import load
 from revjax.data import Batches
@@ -148,7 +148,20 @@ def test_another_config_in_the_same_folder_is_refused_by_field(finished, text):
         "model.num_layers was 2 and is now 3" in message
         and "optimizer.learning_rate was 0.001 and is now 0.5" in message
     )
-    assert "--run.name=a-2" in message
+    assert "--run.name=a-2" in message and "--allow-change=model.num_layers,optimizer.learning_rate" in message
+    with pytest.raises(ConfigError, match="no field 'training.step'. Did you mean 'training.steps'"):
+        experiment.build(configure(text, folder), allow_change=["training.step"])
+
+
+def test_a_finished_run_goes_on_with_more_steps_where_that_is_allowed(finished, text, tmp_path):
+    shutil.copytree(finished[0].run.path, tmp_path / "a")
+    config = configure(text, tmp_path, "--training.steps=12")
+    before = (tmp_path / "a" / "config.yaml").read_text()
+    result = experiment.run(experiment.build(config, allow_change=["training.steps"]))
+    assert result.outcome.ended == "finished" and int(result.outcome.state.step) == 12
+    assert load(RunConfig, tmp_path / "a" / "config.yaml", environ={}).training.steps == 12
+    assert (tmp_path / "a" / "config.1.yaml").read_text() == before
+    assert [line["step"] for line in read_metrics(tmp_path / "a" / "metrics.jsonl")] == list(range(1, 13))
 
 
 def test_a_folder_of_other_things_is_refused(text, tmp_path):
@@ -203,6 +216,36 @@ def test_a_model_that_is_not_there_is_an_error_in_words(finished, tmp_path):
     (tmp_path / "config.yaml").write_text((finished[0].run.path / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         experiment.load_model(tmp_path)
+
+
+def test_the_loss_on_the_held_out_text_is_the_last_validation(finished, capsys):
+    config, _, _ = finished
+    last = read_metrics(config.run.path / "validation.jsonl")[-1]["loss"]
+    done = experiment.evaluate(config.run.path, experiment.EvaluateConfig(max_batches=2))
+    assert done.loss == pytest.approx(last, rel=1e-6) and done.num_tokens == 2 * 4 * 32
+    assert done.bits_per_byte == pytest.approx(done.loss / np.log(2)) and done.source.endswith("held out")
+    assert cli.main(["evaluate", str(config.run.path), "--max_batches=2"]) == 0
+    assert f"{done.bits_per_byte:.4f} bits/byte" in capsys.readouterr().out
+
+
+def test_the_loss_on_another_text(finished, tmp_path):
+    (tmp_path / "other.txt").write_text("1 squared is 1.\n" * 200)
+    options = experiment.EvaluateConfig(source=str(tmp_path / "other.txt"), batch_size=1, sequence_length=16)
+    assert experiment.evaluate(finished[0].run.path, options).num_tokens == 200 * 16
+    with pytest.raises(DataError, match="There is no file or folder 'nowhere'"):
+        experiment.evaluate(finished[0].run.path, experiment.EvaluateConfig(source="nowhere"))
+
+
+def test_runs_are_compared_in_a_table_and_a_plot(finished, tmp_path, capsys):
+    folder = finished[0].run.path
+    assert cli.main(["runs", str(folder.parent), f"--plot={tmp_path / 'runs.png'}"]) == 0
+    table = capsys.readouterr().out
+    header, line = table.splitlines()[:2]
+    assert header.split()[:3] == ["run", "step", "train"] and line.split()[:2] == ["a", "10"]
+    assert f"{read_metrics(folder / 'validation.jsonl')[-1]['bits_per_byte']:.3f}" in line
+    assert (tmp_path / "runs.png").stat().st_size > 1000
+    assert cli.main(["runs", str(folder)]) == 0 and capsys.readouterr().out == table
+    assert cli.main(["runs", str(tmp_path)]) == 2 and "There is no run in" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_begins_a_file(finished):

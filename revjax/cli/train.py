@@ -10,7 +10,8 @@ DESCRIPTION = f"""{USAGE}
 
 Trains a byte-level language model and leaves everything in runs/NAME. Run again, it continues where it ended.
 --print-config shows every value and where it was set. --dry-run checks everything, tells what the run would need,
-and trains nothing. --log-format=json writes one JSON object a line to stderr.
+and trains nothing. A run that was begun refuses other settings, but not those that are named, such as
+--allow-change=training.steps,training.eval_every. --log-format=json writes one JSON object a line to stderr.
 Exit codes: 0 finished, 2 a mistake in the settings, 3 stopped by training.on_trouble, 130 Ctrl-C, 143 SIGTERM."""
 
 
@@ -21,6 +22,9 @@ def train(argv: list[str]) -> int:
         print(help_text(experiment.RunConfig, prog="revjax train", description=DESCRIPTION))
         return 0
     print_only, dry = take(settings, "--print-config"), take(settings, "--dry-run")
+    allowed = [word for word in settings if word.startswith("--allow-change=")]
+    settings = [word for word in settings if word not in allowed]
+    allow_change = [name for word in allowed for name in word.partition("=")[2].replace("-", "_").split(",") if name]
     setup(format="json" if take(settings, "--log-format=json") else "text")
     loaded = load_with_provenance(experiment.RunConfig, paths, settings)
     if print_only:
@@ -28,7 +32,7 @@ def train(argv: list[str]) -> int:
         return 0
     config = loaded.config
     experiment.use_compilation_cache(config.run.compilation_cache)
-    ready = experiment.build(config, dry=dry)
+    ready = experiment.build(config, dry=dry, allow_change=allow_change)
     print(experiment.announce(ready), flush=True)
     if dry:
         return 0

@@ -12,6 +12,9 @@ from .config import FolderConfig as FolderConfig
 from .config import MemoryConfig as MemoryConfig
 from .config import RunConfig as RunConfig
 from .config import SampleConfig as SampleConfig
+from .evaluation import EvaluateConfig as EvaluateConfig
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
 from .run import Result as Result
 from .run import run as run
 from .samples import load_model as load_model

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -62,13 +63,16 @@ def next_byte_loss(
     return model.loss(rows[:, :-1], rows[:, 1:], key=key, z_loss=z_loss)  # type: ignore[attr-defined]
 
 
-def build(config: RunConfig, *, dry: bool = False) -> Experiment:
+def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
-    With `dry`, parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
+    Args:
+      dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
+      allow_change: names of fields in which a run that was begun may go on with other values.
+
     Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing.
     """
-    folder = RunFolder(config.run.path, config, ignore=FREE)
+    folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
     corpus = load_text(config)
     rows = batches(
         corpus.train,

@@ -1,5 +1,9 @@
 """Training: a pure step over any module and loss, and the loop around it."""
 
+from .comparison import find_runs as find_runs
+from .comparison import plot_runs as plot_runs
+from .comparison import summarize_run as summarize_run
+from .comparison import table as table
 from .folder import RunFolder as RunFolder
 from .loop import Outcome as Outcome
 from .loop import TrainingConfig as TrainingConfig

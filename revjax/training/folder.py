@@ -1,6 +1,6 @@
 """The folder of one run. Only one configuration ever writes to it.
 
-config.yaml         as resolved, with the versions that it was started with
+config.yaml         as resolved, with the versions that it was started with; config.1.yaml, ... before it was changed
 metrics.jsonl       one line for each step            validation.jsonl   one for each evaluation
 samples.jsonl       one line for each sample          trouble.jsonl      one for each gradient not trusted
 checkpoints/STEP    the latest few                    loss.png, sample.txt
@@ -9,13 +9,15 @@ checkpoints/STEP    the latest few                    loss.png, sample.txt
 
 import dataclasses
 import errno
+import itertools
+import os
 import pathlib
 import shutil
 from collections.abc import Collection
 from typing import Any
 
 from ..config import dump, load
-from ..errors import ConfigError, RunFolderError
+from ..errors import ConfigError, RunFolderError, nearest
 from .metrics import LOGS, read_metrics
 
 try:
@@ -31,21 +33,27 @@ class RunFolder:
       path: of the folder. Nothing is written before `claim`.
       config: a dataclass instance. It must be what the folder's config.yaml says, where there is one.
       ignore: dotted names (of fields, or of sections) in which the two may differ.
+      allow: names in which they may differ this once: from now on the folder's config.yaml is `config`.
 
-    Raises `RunFolderError` where the folder is a file, or holds another run or something else.
+    Raises `RunFolderError` where the folder is a file, or holds another run or something else, and `ConfigError` for
+    a name in `allow` that there is not.
     """
 
-    def __init__(self, path: pathlib.Path, config: Any, *, ignore: Collection[str] = ()):
+    def __init__(self, path: pathlib.Path, config: Any, *, ignore: Collection[str] = (), allow: Collection[str] = ()):
         self.path, self.config = path, config
+        self.changed: list[str] = []  # what differs, and is allowed to
         self.checkpoints = path / "checkpoints"
         self.is_new = not path.exists() or (path.is_dir() and self._is_unbegun())
         self._lock: Any = None
+        for name in allow:
+            if name not in _flat(config):
+                raise ConfigError(f"--allow-change: there is no field {name!r}.{nearest(name, _flat(config))}")
         if not self.is_new:
-            self._check_same(ignore)
+            self._check_same(ignore, allow)
 
     def _is_unbegun(self) -> bool:
         """Whether there is nothing in the folder, or only what a run leaves there before its first step."""
-        ours = {".lock", "config.yaml", "checkpoints", *(f"{name}.jsonl" for name in LOGS)}
+        ours = {".lock", "config.yaml", "config.tmp", "checkpoints", *(f"{name}.jsonl" for name in LOGS)}
         steps = any(p.name.isdecimal() for p in self.checkpoints.glob("*"))
         others = any(p.name not in ours for p in self.path.iterdir())
         if steps or others or read_metrics(self.path / "metrics.jsonl"):
@@ -54,17 +62,19 @@ class RunFolder:
             read_config(self.path, type(self.config))  # or it is the file of something else
         return True
 
-    def _check_same(self, ignore: Collection[str]) -> None:
+    def _check_same(self, ignore: Collection[str], allow: Collection[str]) -> None:
         there = read_config(self.path, type(self.config))
         ours, theirs = _flat(self.config), _flat(there)
         ignored = lambda name: any(name == i or name.startswith(f"{i}.") for i in ignore)
         different = [name for name in ours if ours[name] != theirs.get(name) and not ignored(name)]
+        self.changed = [name for name in different if name in allow]
+        different = [name for name in different if name not in allow]
         if different:
             shown = "; ".join(f"{name} was {theirs.get(name)!r} and is now {ours[name]!r}" for name in different[:4])
             more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
             raise RunFolderError(
                 f"{self.path} holds a run with another configuration: {shown}{more}. Give this run a name of its own, "
-                f"--run.name={self.path.name}-2, or delete the folder."
+                f"--run.name={self.path.name}-2, or go on with the change, --allow-change={','.join(different)}."
             )
 
     def claim(self, header: str) -> None:
@@ -75,9 +85,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / ".lock")
-            if self.is_new:
+            if self.changed:
+                older = next(p for i in itertools.count(1) if not (p := self.path / f"config.{i}.yaml").exists())
+                older.write_bytes((self.path / "config.yaml").read_bytes())
+            if self.is_new or self.changed:
                 text = "".join(f"# {line}\n" for line in header.splitlines()) + dump(self.config)
-                (self.path / "config.yaml").write_text(text, encoding="utf-8")
+                _write_at_once(self.path / "config.yaml", text)
         except OSError as e:
             raise RunFolderError(
                 f"Cannot write to {self.path}: {e.strerror}. Set run.folder to another place."
@@ -93,6 +106,12 @@ class RunFolder:
         """Deletes the folder if this run made it and no step was made."""
         if self.is_new and self.path.is_dir() and self._is_unbegun():
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _write_at_once(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _locked(path: pathlib.Path) -> Any:

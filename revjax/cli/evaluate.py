@@ -1,0 +1,23 @@
+"""`revjax evaluate runs/NAME [--source=PATH]`."""
+
+from .. import experiment
+from ..config import help_text, load
+from .words import leading_names, one_name, take
+
+USAGE = "revjax evaluate runs/NAME [--source=PATH] [--max_batches=100]"
+
+
+def evaluate(argv: list[str]) -> int:
+    """Prints the loss of the model of a run on a text; returns the exit code."""
+    names, settings = leading_names(argv)
+    if take(settings, "-h", "--help"):
+        print(help_text(experiment.EvaluateConfig, prog="revjax evaluate", description=USAGE))
+        return 0
+    options = load(experiment.EvaluateConfig, (), settings, environ={})
+    experiment.use_compilation_cache("auto")
+    done = experiment.evaluate(one_name(names, USAGE), options)
+    print(
+        f"{done.source}: {done.bits_per_byte:.4f} bits/byte, {done.loss:.4f} nats/token, perplexity "
+        f"{done.perplexity:.4g}, over {done.num_tokens:,} tokens"
+    )
+    return 0

@@ -1,0 +1,28 @@
+"""`revjax runs [FOLDER] [--plot=runs.png]`."""
+
+import pathlib
+
+from ..errors import ConfigError
+from ..training import find_runs, plot_runs, summarize_run, table
+from .words import leading_names, take
+
+USAGE = "revjax runs [FOLDER | RUN_FOLDER ...] [--plot=FILE.png]"
+
+
+def runs(argv: list[str]) -> int:
+    """Prints a table of runs, of all in a folder (default: runs) or of those named; returns the exit code."""
+    names, settings = leading_names(argv)
+    if take(settings, "-h", "--help"):
+        print(f"usage: {USAGE}\n\nA table of runs, and with --plot their training losses in one picture.")
+        return 0
+    unknown = [word for word in settings if not word.startswith("--plot=")]
+    if unknown:
+        raise ConfigError(f"Unexpected {unknown[0]!r}. Write: {USAGE}")
+    named = [pathlib.Path(name).expanduser() for name in names]
+    is_run = [(path / "config.yaml").is_file() for path in named]
+    folders = named if named and all(is_run) else [run for path in named or ["runs"] for run in find_runs(path)]
+    summaries = [summarize_run(folder) for folder in folders]
+    print(table(summaries))
+    for word in settings[-1:]:
+        plot_runs(summaries, pathlib.Path(word.removeprefix("--plot=")))
+    return 0

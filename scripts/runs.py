@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.runs import runs
+
+raise SystemExit(call(runs))
