@@ -81,16 +81,21 @@ def plot_runs(summaries: list[RunSummary], path: pathlib.Path) -> None:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for summary in (s for s in summaries if len(s.losses) > 1):
-        losses = smooth(np.array(summary.losses))
-        axes.plot(np.arange(1, len(losses) + 1), losses, linewidth=1.4, label=summary.name)
-        axes.set_ylim(top=max(axes.get_ylim()[1] if axes.lines[:-1] else 0, np.quantile(losses, 0.97)))
+    curves = {s.name: smooth(np.array(s.losses)) for s in summaries if len(s.losses) > 1}
+    for i, (name, losses) in enumerate(curves.items()):
+        style = ("-", "--", ":", "-.")[i // 10 % 4]  # there are ten colours
+        axes.plot(np.arange(1, len(losses) + 1), losses, style, linewidth=1.4, label=name)
+    if curves:  # as in loss.png, the first steps may be above the frame
+        lowest = min(losses.min() for losses in curves.values())
+        highest = max(np.quantile(losses, 0.97) for losses in curves.values())
+        margin = 0.05 * max(highest - lowest, 0.1)
+        axes.set_ylim(lowest - margin, highest + margin)
     axes.set(xlabel="step", ylabel="training loss in bits per byte, running mean")
     axes.grid(color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if axes.lines:
+    if curves:
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path)
 
