@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from ..memory import checkpoint_loss, stored_loss
-from ..models import Decoder, DecoderConfig, value_and_grad
+from ..models import Decoder, DecoderConfig, hardware_flops_per_token, value_and_grad
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,13 +103,8 @@ def interval(ratios: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def flop_ratio(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of a reversible step over those of `jax.checkpoint` per layer, per token, counted by hand.
 
-    A layer's forward F: 2 FLOPs for each weight, 4 for each channel and visible position. Reversing does
-    4 F; remat 4 F less the layer's last product, whose result its backward pass does not need.
+    Remat does what reversing does, less each layer's last product, whose result its backward pass does not need.
     """
-    heads = config.num_heads * config.head_size
-    attention = 2 * config.d_model * (2 * heads + 2 * config.kv_heads * config.head_size)
-    mlp = 2 * (3 if config.gated else 2) * config.d_model * config.mlp_width
-    forward = attention + mlp + 4 * heads * min(sequence_length / 2, config.window or sequence_length)
-    last = 2 * config.d_model * config.mlp_width
-    head = 6 * config.d_model * config.vocab_size
-    return (config.num_layers * 4 * forward + head) / (config.num_layers * (4 * forward - last) + head)
+    reversible = hardware_flops_per_token(config, sequence_length, "nothing")
+    last_product = 2 * config.d_model * config.mlp_width
+    return reversible / (reversible - config.num_layers * last_product)

@@ -20,6 +20,7 @@ FREE = (
     "training.keep_latest",
     "training.log_every_s",
     "training.on_save_error",
+    "training.peak_flops",
     "training.sample_every",
     "training.stall_after_s",
     "training.sample_prompt",

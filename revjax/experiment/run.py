@@ -12,7 +12,9 @@ from ..checkpoint import Checkpointer
 from ..data import validation_batches
 from ..errors import RunFolderError
 from ..logging import get_logger
-from ..training import MetricsLog, Outcome, StopRequest, mean_loss, plot_losses, train
+from ..memory import peak_flops
+from ..models import flops_per_token, hardware_flops_per_token
+from ..training import MetricsLog, Outcome, StopRequest, Work, mean_loss, plot_losses, train
 from .build import Experiment
 from .config import RunConfig, SampleConfig
 from .samples import sample_text
@@ -71,6 +73,7 @@ def run(experiment: Experiment) -> Result:
                 skeleton=experiment.skeleton,
                 evaluate=_evaluation(experiment, stop_request),
                 sample=_sampling(experiment),
+                work=_work(config),
                 meta=made_with | {"config": dataclasses.asdict(config)},
                 checkpointer=checkpointer,
                 metrics_log=metrics_log,
@@ -83,6 +86,17 @@ def run(experiment: Experiment) -> Result:
     finally:
         folder.release()
     return Result(outcome, time.perf_counter() - started, sample, folder.path)
+
+
+def _work(config: RunConfig) -> Work:
+    tokens, length = config.tokens_per_step, config.data.sequence_length
+    peak = config.training.peak_flops or peak_flops(jax.devices()[0].device_kind, config.model.dtype)
+    return Work(
+        tokens,
+        model_flops=tokens * flops_per_token(config.model, length),
+        hardware_flops=tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
+        peak_flops=peak,  # a step runs on one device
+    )
 
 
 def _refuse_stale(experiment: Experiment) -> None:

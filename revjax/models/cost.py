@@ -18,12 +18,22 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     (two products, three passes, two FLOPs each). The convention is PaLM's (arXiv:2204.02311, appendix B), but
     with the masked half of attention left out.
     """
+    return 3 * config.num_layers * layer_forward_flops(config, sequence_length) + 6 * config.vocab_size * config.d_model
+
+
+def hardware_flops_per_token(config: DecoderConfig, sequence_length: int, plan: str) -> float:
+    """As `flops_per_token`, with what the plan computes again: every layer's forward pass, unless all is stored."""
+    passes = 3 if plan == "all" else 4
+    layers = passes * config.num_layers * layer_forward_flops(config, sequence_length)
+    return layers + 6 * config.vocab_size * config.d_model
+
+
+def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:
+    """FLOPs of one layer's forward pass for one token: 2 for each weight, 4 for each channel and visible position."""
     heads = config.num_heads * config.head_size
     attention = config.d_model * (2 * heads + 2 * config.kv_heads * config.head_size)
     mlp = (3 if config.gated else 2) * config.d_model * config.mlp_width
-    head = config.vocab_size * config.d_model
-    seen = min(sequence_length / 2, config.window or sequence_length)
-    return 6.0 * (config.num_layers * (attention + mlp) + head) + 12.0 * config.num_layers * heads * seen
+    return 2.0 * (attention + mlp) + 4.0 * heads * min(sequence_length / 2, config.window or sequence_length)
 
 
 def summary(model: Decoder) -> str:

@@ -15,6 +15,7 @@ from .metrics import rewinds_to as rewinds_to
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer
 from .plots import plot_losses as plot_losses
+from .reader import Work as Work
 from .schedule import make_schedule as make_schedule
 from .signals import StopRequest as StopRequest
 from .state import Skeleton as Skeleton

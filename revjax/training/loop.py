@@ -17,7 +17,7 @@ from ..data import Batches
 from ..errors import CheckpointError
 from ..logging import Progress, get_logger
 from .metrics import MetricsLog, bits, rewinds_to
-from .reader import Pending, Reader, Trouble
+from .reader import Pending, Reader, Trouble, Work
 from .signals import StopRequest
 from .state import Skeleton, TrainState
 from .step import OnTrouble
@@ -48,6 +48,7 @@ class TrainingConfig:
     stall_after_s: float = (
         300.0  # seconds without a step, a batch or a save, after which a warning says what is awaited
     )
+    peak_flops: float | None = None  # a second, of one device, for mfu; null is the maker's figure, where it is known
     sample_every: int | None = None  # steps between two samples on the way; null: only at the end
     sample_prompt: str = "def "  # what the sample at the end continues; "" writes none
     sample_tokens: int = 300
@@ -101,6 +102,7 @@ def train(
     evaluate: Callable[[TrainState], float | None] | None = None,
     sample: Callable[[TrainState], str] | None = None,
     meta: dict[str, Any] | None = None,
+    work: Work | None = None,
 ) -> Outcome:
     """Trains until step `config.steps`, a signal, or (with on_trouble "stop") a gradient that is not to be trusted.
 
@@ -111,6 +113,7 @@ def train(
       evaluate: returns the held-out loss in nats per token, or None if it was interrupted; None leaves validation out.
       sample: returns a text, for `config.sample_every`.
       meta: what each checkpoint holds besides, as JSON has it (versions, configuration).
+      work: what a step does, for its speed; None counts the tokens of a batch.
 
     Every ending leaves a committed checkpoint of the state that is returned; where that cannot be written, raises
     `CheckpointError`. With on_trouble "rewind" a gradient that is not to be trusted sends training back to the last
@@ -118,10 +121,10 @@ def train(
     """
     training = _Training(state, train_step, batches, config, checkpointer, metrics_log, stop_request)
     training.evaluate, training.sample, training.meta = evaluate, sample, meta or {}
-    tokens_per_step = batches.batch_size * batches.sequence_length
+    work = Work(batches.batch_size * batches.sequence_length) if work is None else work
     with Progress(config.steps, "train", every_s=config.log_every_s) as progress, training.watchdog:
         progress.update(training.step)
-        training.reader = Reader(config.on_trouble, skeleton, metrics_log, progress, tokens_per_step)
+        training.reader = Reader(config.on_trouble, skeleton, metrics_log, progress, work)
         return training.run()
 
 

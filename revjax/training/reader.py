@@ -1,6 +1,8 @@
 """Metrics of a step, read once the next one is under way: written, shown and judged."""
 
 import dataclasses
+import os
+import pathlib
 import time
 from typing import Any
 
@@ -27,6 +29,36 @@ class Pending:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step does, for its speed."""
+
+    tokens: int
+    model_flops: float | None = None  # of all tokens, nothing twice
+    hardware_flops: float | None = None  # with what is computed again
+    peak_flops: float | None = None  # a second, of all devices; None where it is not known
+
+    def speeds(self, seconds: float) -> dict[str, float]:
+        """tokens_per_second, and what is known of: model FLOPs utilisation, the hardware's, and their peak."""
+        speeds = {"tokens_per_second": round(self.tokens / seconds, 1)}
+        for name, flops in (("mfu", self.model_flops), ("hfu", self.hardware_flops)):
+            if flops and self.peak_flops:
+                speeds |= {name: round(flops / seconds / self.peak_flops, 4), "peak_flops": self.peak_flops}
+        return speeds
+
+
+def memory_in_use() -> dict[str, int]:
+    """Bytes: host_bytes of this process (where /proc tells), device_peak_bytes (where the device does)."""
+    found = {}
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        found["host_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        pass
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return found | ({} if peak is None else {"device_peak_bytes": peak})
+
+
+@dataclasses.dataclass(frozen=True)
 class Trouble:
     """A step whose gradient was not to be trusted."""
 
@@ -37,11 +69,9 @@ class Trouble:
 class Reader:
     """Fetches the metrics of the `pending` step; see `read`."""
 
-    def __init__(
-        self, on_trouble: OnTrouble, skeleton: Skeleton, log: MetricsLog, progress: Progress, tokens_per_step: int
-    ):
+    def __init__(self, on_trouble: OnTrouble, skeleton: Skeleton, log: MetricsLog, progress: Progress, work: Work):
         self.on_trouble, self.skeleton, self.log, self.progress = on_trouble, skeleton, log, progress
-        self.tokens_per_step = tokens_per_step
+        self.work = work
         self.pending: Pending | None = None
         self.complaints = 0
         self.restart_clock()
@@ -63,19 +93,21 @@ class Reader:
         pending, self.pending = self.pending, None
         numbers = jax.device_get({name: x for name, x in pending.metrics.items() if name != "report"})
         now = time.perf_counter()
-        speed, self.since = self.tokens_per_step / max(now - self.since, 1e-9), now
+        speeds, self.since = self.work.speeds(max(now - self.since, 1e-9)), now
         trouble, loss = bool(numbers.pop("trouble")), float(numbers["loss"])
         numbers |= {name: int(numbers[name]) for name in ("canary", "unsafe", "skipped")} | {
             "spike": bool(numbers["spike"]),
             "bits_per_byte": bits(loss),
-            "tokens_per_second": round(speed, 1),
+            **speeds,
+            **memory_in_use(),
             "data_wait_s": round(pending.data_wait_s, 6),
             "time": round(time.time(), 3),
         }
         self.log.step(step=pending.step, **numbers)
-        self.progress.update(
-            1, loss=loss, bits_per_byte=bits(loss), tokens_per_s=round(speed), canary=numbers["canary"]
+        shown = {"tokens_per_s": round(speeds["tokens_per_second"])} | (
+            {"mfu": speeds["mfu"]} if "mfu" in speeds else {}
         )
+        self.progress.update(1, loss=loss, bits_per_byte=bits(loss), **shown, canary=numbers["canary"])
         return self._complain(pending, numbers) if trouble else None
 
     def _complain(self, pending: Pending, metrics: dict[str, Any]) -> Trouble:

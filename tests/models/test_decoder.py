@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import revjax
-from revjax.memory import activation_memory, checkpoint_loss, stored_loss
-from revjax.models import PRESETS, flops_per_token, num_params, summary
+from revjax.memory import activation_memory, checkpoint_loss, peak_flops, stored_loss
+from revjax.models import PRESETS, flops_per_token, hardware_flops_per_token, num_params, summary
 
 TINY = revjax.DecoderConfig(vocab_size=50, d_model=32, num_layers=3, num_heads=4, num_kv_heads=2, dtype="float32")
 TOKENS = jax.random.randint(jax.random.key(0), (2, 24), 0, 50)
@@ -116,7 +116,24 @@ def test_parameters_and_flops_are_counted():
     weights = 3 * (2 * d * h + 2 * d * k + 3 * d * f)
     assert num_params(model) == v * d + weights + 3 * 2 * d + d
     assert flops_per_token(TINY, 100) == 6 * (weights + v * d) + 12 * 3 * h * 50
+    assert hardware_flops_per_token(TINY, 100, "all") == flops_per_token(TINY, 100)
+    assert hardware_flops_per_token(TINY, 100, "nothing") == 8 * weights + 6 * v * d + 16 * 3 * h * 50
     assert f"{num_params(model):,}" in summary(model) and "4 heads of 8, 2 kv heads" in summary(model)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+        ("NVIDIA H100 PCIe", "float16", 756),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5p", "bfloat16", 459),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_the_peak_of_a_device_is_its_makers_figure(kind, dtype, tera):
+    assert peak_flops(kind, dtype) == (tera and tera * 1e12)
 
 
 def test_projections_into_the_stream_start_smaller_with_depth():

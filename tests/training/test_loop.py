@@ -23,6 +23,7 @@ from revjax.training import (
     MetricsLog,
     StopRequest,
     TrainingConfig,
+    Work,
     init_state,
     make_train_step,
     mean_loss,
@@ -365,6 +366,13 @@ def test_a_stall_is_told_with_what_is_awaited(tmp_path, parts, told):
     slow = lambda i, row: time.sleep(0.5 if i == 3 else 0) or row
     run(tmp_path, parts, before_step=slow, stall_after_s=0.1)
     assert any(line.startswith("nothing has happened for 0 s: waiting for") for line in told)
+
+
+def test_utilisation_is_flops_over_the_peak_it_is_taken_against():
+    work = Work(tokens=100, model_flops=6e9, hardware_flops=8e9, peak_flops=1e12)
+    expected = {"tokens_per_second": 5000.0, "mfu": 0.3, "hfu": 0.4, "peak_flops": 1e12}
+    assert work.speeds(0.02) == expected
+    assert Work(tokens=100, model_flops=6e9).speeds(0.02) == {"tokens_per_second": 5000.0}
 
 
 def test_samples_on_the_way_are_lines_of_their_own(tmp_path, parts):
