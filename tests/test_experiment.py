@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from revjax import cli, experiment
 from revjax.checkpoint import Checkpointer
@@ -246,6 +247,37 @@ def test_runs_are_compared_in_a_table_and_a_plot(finished, tmp_path, capsys):
     assert (tmp_path / "runs.png").stat().st_size > 1000
     assert cli.main(["runs", str(folder)]) == 0 and capsys.readouterr().out == table
     assert cli.main(["runs", str(tmp_path)]) == 2 and "There is no run in" in capsys.readouterr().err
+
+
+class Says(nnx.Module):
+    """A model whose tokens are the bytes of a text, whatever it is asked."""
+
+    def __init__(self, text):
+        self.text = nnx.data(jax.numpy.asarray(np.frombuffer(text.encode(), np.uint8).astype(np.int32)))
+
+    def init_cache(self, batch, max_length):
+        return jax.numpy.zeros((), jax.numpy.int32)
+
+    def decode(self, tokens_BT, cache):
+        return jax.nn.one_hot(self.text[cache], 256)[None, None] * 1e3, cache + 1
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("one two three", ("wo",), "one t"),
+        ("one two three", ("three", "two"), "one "),
+        ("one two three", ("four",), "one two three"),
+        ("one two\0three", (), "one two"),
+        ("naïve café " * 4, ("é c",), "naïve café " * 4),
+        ("naïve café " * 4, ("é n",), "naïve caf"),
+        ("x" * 17 + "END", ("END",), "x" * 17),
+    ],
+)
+def test_a_text_ends_where_it_is_told_to(text, stop, expected):
+    options = experiment.SampleConfig(prompt="a", max_new_tokens=len(text.encode()), stop=stop, temperature=0)
+    pieces = list(experiment.stream_text(Says(text), options))
+    assert "".join(pieces) == expected and experiment.sample_text(Says(text), options) == "a" + expected
 
 
 def test_an_empty_prompt_begins_a_file(finished):

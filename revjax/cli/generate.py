@@ -8,7 +8,7 @@ USAGE = "revjax generate runs/NAME [--prompt='def '] [--temperature=0.7] [--max_
 
 
 def generate(argv: list[str]) -> int:
-    """Prints a text that the model of a run makes of a prompt; returns the exit code."""
+    """Prints a text that the model of a run makes of a prompt, as it comes; returns the exit code."""
     names, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
         print(help_text(experiment.SampleConfig, prog="revjax generate", description=USAGE))
@@ -16,5 +16,8 @@ def generate(argv: list[str]) -> int:
     options = load(experiment.SampleConfig, (), settings, environ={})
     experiment.use_compilation_cache("auto")
     model = experiment.load_model(one_name(names, USAGE))
-    print(experiment.sample_text(model, options))
+    print(options.prompt, end="", flush=True)
+    for text in experiment.stream_text(model, options):
+        print(text, end="", flush=True)
+    print()
     return 0

@@ -19,6 +19,7 @@ from .run import Result as Result
 from .run import run as run
 from .samples import load_model as load_model
 from .samples import sample_text as sample_text
+from .samples import stream_text as stream_text
 from .versions import versions as versions
 from .words import announce as announce
 from .words import summarize as summarize

@@ -8,6 +8,7 @@ from ..core.plan import Nothing
 from ..core.plan import parse as parse_plan
 from ..data import ByteTokenizer, DataConfig
 from ..errors import ConfigError
+from ..generation import Sampling
 from ..generation.decode import check_prompt
 from ..models import DecoderConfig
 from ..training import OptimizerConfig, TrainingConfig
@@ -104,12 +105,11 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(Sampling):
     """What to generate."""
 
-    prompt: str = "def "  # what the text continues
+    prompt: str = "def "  # what the text continues; "" begins a file
     max_new_tokens: int = 300  # bytes
     temperature: float = 0.7  # 0 always takes the likeliest byte, 1 is the model's own distribution
-    top_k: int | None = None  # only the k likeliest bytes
-    top_p: float | None = None  # only the likeliest bytes that sum to p
+    stop: tuple[str, ...] = ()  # texts before which it ends
     seed: int = 0  # another one, another text

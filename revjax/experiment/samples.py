@@ -1,7 +1,10 @@
 """Text from a trained model."""
 
+import codecs
+import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ from flax import nnx
 from ..checkpoint import Checkpointer
 from ..data import END_OF_FILE, ByteTokenizer
 from ..errors import CheckpointError, ConfigError
-from ..generation import generate
+from ..generation import Sampling, stream
 from ..logging import get_logger
 from ..models import Decoder
 from ..training import split
@@ -19,28 +22,43 @@ from .config import RunConfig, SampleConfig
 
 
 def sample_text(model: nnx.Module, config: SampleConfig) -> str:
-    """The prompt and what `model` makes of it, up to the end of a file. Raises `ConfigError` for a bad prompt.
+    """The prompt and what `model` makes of it. Raises `ConfigError` for a bad prompt."""
+    return config.prompt + "".join(stream_text(model, config))
 
-    An empty prompt is the beginning of a file.
+
+def stream_text(model: nnx.Module, config: SampleConfig) -> Iterator[str]:
+    """Yields what `model` makes of the prompt, as it comes, up to the end of a file or one of `config.stop`.
+
+    Raises `ConfigError` for a bad prompt. What may be the beginning of a stop text is held back until it is not.
     """
-    tokenizer = ByteTokenizer()
-    prompt = tokenizer.encode(config.prompt)
-    given = prompt if len(prompt) else np.array([END_OF_FILE], np.uint8)
+    prompt = ByteTokenizer().encode(config.prompt)
+    sampling = {f.name: getattr(config, f.name) for f in dataclasses.fields(Sampling)}
+    pieces = stream(
+        model,
+        prompt if len(prompt) else np.array([END_OF_FILE], np.uint8),
+        max_new_tokens=config.max_new_tokens,
+        key=jax.random.key(config.seed),
+        **sampling,
+    )
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # a character may come in two pieces
+    held, longest = "", max((len(stop) for stop in config.stop), default=1) - 1
     try:
-        new_tokens = generate(
-            model,
-            given,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            key=jax.random.key(config.seed),
-        )
+        for tokens in pieces:
+            ends = np.flatnonzero((tokens == END_OF_FILE) | (tokens > 255))
+            is_over = len(ends) > 0
+            held += decode((tokens[: ends[0]] if is_over else tokens).astype(np.uint8).tobytes(), is_over)
+            found = [at for stop in config.stop if (at := held.find(stop)) >= 0]
+            if found:
+                yield held[: min(found)]
+                return
+            cut = len(held) if is_over else max(len(held) - longest, 0)
+            yield held[:cut]
+            held = held[cut:]
+            if is_over:
+                return
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    ends = np.flatnonzero((new_tokens == END_OF_FILE) | (new_tokens > 255))
-    new_tokens = new_tokens[: ends[0]] if len(ends) else new_tokens
-    return tokenizer.decode(np.concatenate([prompt, new_tokens]))
+    yield held + decode(b"", True)
 
 
 def load_model(folder: str | os.PathLike) -> Decoder:

@@ -1,20 +1,22 @@
 """Prompt -> continuation, with a KV cache.
 
     prefill    logits, cache = model.decode(prompt_BT, cache)         once
-    decode     logits, cache = model.decode(token_B1, cache)          in one scan: shapes never change
+    decode     logits, cache = model.decode(token_B1, cache)          in a scan: shapes never change
 
 Both are jitted by the structure of the model and by these shapes: another prompt of the same length, other
 parameters and another key compile nothing.
 """
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .sampling import check_options, sample
+from .sampling import Sampling, sample
 
 
 def generate(
@@ -22,62 +24,83 @@ def generate(
     prompt_tokens: np.ndarray | jax.Array,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     key: jax.Array | None = None,
+    **sampling: Any,
 ) -> np.ndarray:
     """Returns `max_new_tokens` tokens that follow each prompt, int32: (T,) -> (new,), or (B, T) -> (B, new).
 
     Args:
       model: has `init_cache(batch, max_length)` and `decode(tokens_BT, cache)`, as `Decoder` does.
       prompt_tokens: integers in [0, vocab_size), at least one for each row.
-      temperature, top_k, top_p: see `sample`; temperature 0 is greedy and needs no key.
       key: for the draws; None is `jax.random.key(0)`.
+      sampling: fields of `Sampling`; temperature 0 is greedy and needs no key.
 
     Raises `ValueError` for a prompt that is empty, too long, or holds a token that the model does not know.
 
     >>> generate(model, tokenizer.encode("def "), max_new_tokens=100, temperature=0.7)
     """
-    check_options(temperature, top_k, top_p)
+    pieces = stream(model, prompt_tokens, max_new_tokens=max_new_tokens, every=max_new_tokens, key=key, **sampling)
+    return np.concatenate(list(pieces), axis=-1)
+
+
+def stream(
+    model: nnx.Module,
+    prompt_tokens: np.ndarray | jax.Array,
+    *,
+    max_new_tokens: int,
+    every: int = 16,
+    key: jax.Array | None = None,
+    **sampling: Any,
+) -> Iterator[np.ndarray]:
+    """Yields what `generate` returns in pieces: the first token, then up to `every` tokens at a time."""
+    how = Sampling(**sampling)
     prompt = np.asarray(prompt_tokens)
     rows = prompt[None] if prompt.ndim == 1 else prompt
     check_prompt(rows, max_new_tokens, getattr(model, "config", None))
+    one_row = prompt.ndim == 1
     graphdef, state = nnx.split(model)
-    options = (float(temperature), top_k, top_p)
     key = jax.random.key(0) if key is None else key
-    length = rows.shape[1] + max_new_tokens
-    rows_BT = jnp.asarray(rows, jnp.int32)
-    first_B, cache = _prefill(graphdef, state, rows_BT, key, length=length, options=options)
-    rest = _decode(graphdef, state, first_B, cache, key, num_tokens=max_new_tokens - 1, options=options)
-    new_tokens = np.concatenate([np.asarray(first_B)[:, None], np.asarray(rest)], axis=1)
-    return new_tokens[0] if prompt.ndim == 1 else new_tokens
+    start = functools.partial(_prefill, graphdef, state, length=rows.shape[1] + max_new_tokens, how=how)
+    token_B, carry = start(jnp.asarray(rows, jnp.int32), key)
+    yield np.asarray(token_B)[0:1] if one_row else np.asarray(token_B)[:, None]
+    for done in range(1, max_new_tokens, every):
+        num_tokens = min(every, max_new_tokens - done)
+        token_B, carry, tokens = _decode(graphdef, state, token_B, carry, key, done, num_tokens=num_tokens, how=how)
+        yield np.asarray(tokens)[0] if one_row else np.asarray(tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "length", "options"))
-def _prefill(graphdef, state, prompt_BT, key, *, length, options):
+@functools.partial(jax.jit, static_argnames=("graphdef", "length", "how"))
+def _prefill(graphdef, state, prompt_BT, key, *, length, how):
     model = nnx.merge(graphdef, state, copy=True)
     logits_BTV, cache = model.decode(prompt_BT, model.init_cache(prompt_BT.shape[0], length))
-    return _sample(logits_BTV, key, 0, options), cache
+    seen_BV = None
+    if how.repetition_penalty != 1:
+        empty_BV = jnp.zeros((prompt_BT.shape[0], logits_BTV.shape[-1]), bool)
+        seen_BV = jax.vmap(lambda seen_V, tokens_T: seen_V.at[tokens_T].set(True))(empty_BV, prompt_BT)
+    return _draw(logits_BTV, (cache, seen_BV), key, 0, how)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_tokens", "options"))
-def _decode(graphdef, state, first_B, cache, key, *, num_tokens, options):
+@functools.partial(jax.jit, static_argnames=("graphdef", "num_tokens", "how"))
+def _decode(graphdef, state, token_B, carry, key, start, *, num_tokens, how):
     def one(carry, i):
-        token_B, cache = carry
+        token_B, (cache, seen_BV) = carry
         model = nnx.merge(graphdef, state, copy=True)
         logits_B1V, cache = model.decode(token_B[:, None], cache)
-        token_B = _sample(logits_B1V, key, i, options)
-        return (token_B, cache), token_B
+        token_B, carry = _draw(logits_B1V, (cache, seen_BV), key, i, how)
+        return (token_B, carry), token_B
 
-    _, tokens = jax.lax.scan(one, (first_B, cache), 1 + jnp.arange(num_tokens, dtype=jnp.int32))
-    return tokens.swapaxes(0, 1)
+    steps = start + jnp.arange(num_tokens, dtype=jnp.int32)
+    (token_B, carry), tokens = jax.lax.scan(one, (token_B, carry), steps)
+    return token_B, carry, tokens.swapaxes(0, 1)
 
 
-def _sample(logits_BTV, key, i, options):
-    temperature, top_k, top_p = options
-    key = jax.random.fold_in(key, i)
-    return sample(logits_BTV[:, -1], key, temperature=temperature, top_k=top_k, top_p=top_p)
+def _draw(logits_BTV, carry, key, i, how):
+    """The token that follows, and (cache, which tokens were there) with it."""
+    cache, seen_BV = carry
+    token_B = sample(logits_BTV[:, -1], jax.random.fold_in(key, i), how, seen_BV=seen_BV)
+    if seen_BV is not None:
+        seen_BV = jax.vmap(lambda seen_V, token: seen_V.at[token].set(True))(seen_BV, token_B)
+    return token_B, (cache, seen_BV)
 
 
 def check_prompt(prompt_BT: np.ndarray, max_new_tokens: int, config=None) -> None:

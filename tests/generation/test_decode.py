@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from revjax.generation import generate
+from revjax.generation import generate, stream
 from revjax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, tie_embeddings=False, dtype="float32")
@@ -57,6 +57,20 @@ def test_the_key_decides_and_top_k_1_is_greedy(model):
     ).tolist()
     assert draw(0) == draw(0) and draw(0) != draw(1)
     assert draw(0, top_k=1) == draw(1, temperature=0)
+
+
+@pytest.mark.parametrize("every", [1, 3, 7, 100])
+def test_pieces_are_the_whole(model, every):
+    options = {"max_new_tokens": 8, "key": jax.random.key(3), "temperature": 0.8, "repetition_penalty": 1.2}
+    pieces = list(stream(model, PROMPT, every=every, **options))
+    assert pieces[0].shape == (2, 1) and all(piece.shape[1] <= every for piece in pieces)
+    assert np.concatenate(pieces, axis=1).tolist() == generate(model, PROMPT, **options).tolist()
+
+
+def test_a_repetition_penalty_makes_every_token_new(model):
+    tokens = generate(model, PROMPT, max_new_tokens=20, temperature=0, repetition_penalty=1e6)
+    for prompt, row in zip(PROMPT.tolist(), tokens.tolist()):
+        assert len(set(row)) == 20 and not set(row) & set(prompt)
 
 
 @pytest.mark.parametrize(

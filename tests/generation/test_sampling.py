@@ -1,24 +1,24 @@
-"""Tokens are drawn from exactly the distribution that temperature, top-k and top-p leave."""
+"""Tokens are drawn from exactly the distribution that temperature, penalty and filters leave."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revjax.generation import sample
-from revjax.generation.sampling import keep_top_k, keep_top_p
+from revjax.generation import Sampling, sample
+from revjax.generation.sampling import keep_min_p, keep_top_k, keep_top_p, penalize
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.05, 0.3, 0.15], [0.1, 0.2, 0.3, 0.4]]))
 
 
 def frequencies(draws=4000, **options):
     keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.vmap(lambda key: sample(LOGITS, key, **options))(keys)
+    tokens = jax.vmap(lambda key: sample(LOGITS, key, Sampling(**options)))(keys)
     return np.stack([np.bincount(np.asarray(row), minlength=4) / draws for row in tokens.T])
 
 
 def test_temperature_zero_takes_the_largest():
-    assert sample(LOGITS, jax.random.key(0), temperature=0).tolist() == [0, 3]
+    assert sample(LOGITS, jax.random.key(0), Sampling(temperature=0)).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -39,7 +39,30 @@ def test_top_p_keeps_the_fewest_that_sum_to_p(p, kept):
     assert finite.tolist() == [order < kept for order in (0, 3, 1, 2)]
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize("m, kept", [(0.0, 4), (0.2, 3), (0.31, 2), (0.7, 1), (1.0, 1)])
+def test_min_p_keeps_what_is_not_much_less_likely_than_the_likeliest(m, kept):
+    finite = np.isfinite(keep_min_p(LOGITS, m))[0]
+    assert finite.tolist() == [order < kept for order in (0, 3, 1, 2)]
+
+
+def test_a_repetition_penalty_lowers_logits_of_either_sign():
+    logits, seen = jnp.array([[2.0, -2.0, 1.0]]), jnp.array([[True, True, False]])
+    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    drawn = sample(logits, jax.random.key(0), Sampling(temperature=0, repetition_penalty=3.0), seen_BV=seen)
+    assert drawn.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
+)
 def test_impossible_options_are_refused_by_name(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        sample(LOGITS, jax.random.key(0), **options)
+        Sampling(**options)
