@@ -18,7 +18,7 @@ from revjax.training import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", "4"))  # of the test that kills at random moments
-OF_THE_CLOCK = {"time", "tokens_per_second", "data_wait_s"}
+OF_THE_MACHINE = {"time", "tokens_per_second", "data_wait_s", "host_bytes"}
 
 # Trains by the settings of the command line; when step AT is about to begin, the process gets the signal.
 DRIVER = """
@@ -70,7 +70,9 @@ def train(settings, *, at=-1, number=0) -> int:
 
 
 def lines(folder, name):
-    kept = [{k: v for k, v in line.items() if k not in OF_THE_CLOCK} for line in read_metrics(folder / f"{name}.jsonl")]
+    kept = [
+        {k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in read_metrics(folder / f"{name}.jsonl")
+    ]
     return json.dumps(kept)
 
 
