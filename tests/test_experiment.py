@@ -285,6 +285,22 @@ def test_an_empty_prompt_begins_a_file(finished):
     assert len(experiment.sample_text(model, experiment.SampleConfig(prompt="", max_new_tokens=8))) <= 8
 
 
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = configure(text, tmp_path / "file")
+    with pytest.raises(RunFolderError, match="Cannot write to .*file/a: .* Set run.folder to another place"):
+        RunFolder(config.run.path, config).claim("")
+
+
+@pytest.mark.parametrize(
+    "ended, number, code",
+    [("finished", None, 0), ("stopped", None, 3), ("interrupted", 2, 130), ("interrupted", 15, 143)],
+)
+def test_exit_codes_are_those_of_the_docs(finished, tmp_path, ended, number, code):
+    outcome = dataclasses.replace(finished[2].outcome, ended=ended, signal=number)
+    assert experiment.Result(outcome, 0.0, None, tmp_path).exit_code == code
+
+
 def test_what_a_run_left_before_its_first_step_is_no_run(text, tmp_path):
     config = configure(text, tmp_path)
     first = RunFolder(config.run.path, config)

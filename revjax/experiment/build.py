@@ -56,11 +56,14 @@ class Experiment:
 
 
 def next_byte_loss(
-    model: nnx.Module, rows: jax.Array, key: jax.Array | None, *, z_loss: float = 0.0
+    model: Any, rows: jax.Array, key: jax.Array | None, *, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses in nats, number of tokens) of predicting each of `rows` (B, T + 1) but the first of a row."""
+    """(sum of losses in nats, number of tokens) of predicting each of `rows` (B, T + 1) but the first of a row.
+
+    `model` is a language model with a `loss`, such as `Decoder`.
+    """
     rows = rows.astype("int32")
-    return model.loss(rows[:, :-1], rows[:, 1:], key=key, z_loss=z_loss)  # type: ignore[attr-defined]
+    return model.loss(rows[:, :-1], rows[:, 1:], key=key, z_loss=z_loss)
 
 
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:

@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import os
 import pathlib
+import typing
 from collections.abc import Iterator
 
 import jax
@@ -80,4 +81,4 @@ def load_model(folder: str | os.PathLike) -> Decoder:
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
     skeleton, _ = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     cast = lambda like, x: jax.numpy.asarray(x, like.dtype)
-    return skeleton.merge(jax.tree.map(cast, params, trained))  # type: ignore[return-value]
+    return typing.cast(Decoder, skeleton.merge(jax.tree.map(cast, params, trained)))
