@@ -91,7 +91,7 @@ class Progress:
     def __init__(self, total: int, description: str, *, every_s: float = 10.0, clock=time.monotonic):
         self.total, self.description = total, description
         self._every_s, self._clock = every_s, clock
-        self._done = 0
+        self.done = 0
         self._written, self._written_at = None, clock()  # units and time of the last line
         self._fields: dict[str, Any] = {}
         self._bar: rich.progress.Progress | None = None
@@ -115,28 +115,28 @@ class Progress:
     def __exit__(self, *exception):
         if self._bar is not None:
             self._bar.stop()
-        elif self._written != self._done and self._done:
+        elif self._written != self.done and self.done:
             self._write()
 
     def update(self, n: int = 1, **fields: Any) -> None:
         """Counts `n` more units as done, and shows `fields` (loss=..., tokens_per_s=...) beside them."""
-        self._done += n
+        self.done += n
         self._fields |= fields
         if self._bar is not None:
             self._bar.update(self._task, advance=n, shown=_shown(self._fields))
         elif (
             self._written is None
-            or self._done >= self.total
-            or self._done - self._written >= self.total / 10
+            or self.done >= self.total
+            or self.done - self._written >= self.total / 10
             or self._clock() - self._written_at >= self._every_s
         ):
             self._write()
 
     def _write(self):
-        self._written, self._written_at = self._done, self._clock()
-        fields = {"done": self._done, "total": self.total, **self._fields}
+        self._written, self._written_at = self.done, self._clock()
+        fields = {"done": self.done, "total": self.total, **self._fields}
         extra = {f"{k}_" if k in _STANDARD else k: v for k, v in fields.items()}
-        line = f"{self.description} {self._done}/{self.total} {_shown(self._fields)}".rstrip()
+        line = f"{self.description} {self.done}/{self.total} {_shown(self._fields)}".rstrip()
         get_logger("progress").info("%s", line, extra=extra)
 
 

@@ -4,11 +4,26 @@ Eight CPU devices let a sharding test run where it stands. They cost a test on o
 7.2 s for the reconstruction tests of 96 layers, on two cores), and neither did one thread per operation gain any.
 """
 
+import logging
 import os
+import tempfile
 
 import jax
+import pytest
 
+_caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
+os.environ["XDG_CACHE_HOME"] = _caches.name
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of processes that tests start
 jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A command sends the log to a stderr that is closed after its test, and keeps it from pytest's `caplog`."""
+    logger = logging.getLogger("revjax")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)

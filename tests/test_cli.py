@@ -11,22 +11,11 @@ import time
 import pytest
 
 from revjax import cli, experiment
-from revjax.logging import get_logger
+from revjax.data import FileTokenizer
 from revjax.models import CheckReport
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
-
-
-@pytest.fixture(autouse=True)
-def same_logger(monkeypatch):
-    """The commands set the logger up; other tests want it as it was."""
-    logger = get_logger()
-    monkeypatch.setattr(logger, "handlers", logger.handlers[:])
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture
@@ -51,13 +40,14 @@ def message_of(capsys, argv):
         (["--model.num_layers=four"], "--model.num_layers: model.num_layers must be int, but got 'four' (str)."),
         (["--model.num_heads=3"], "num_heads must divide d_model, but got num_heads=3 and d_model=32."),
         (["--model.window=0"], "window must be at least 1, or null for its default, but got 0."),
-        (["--training.sample_prompt=é", "--model.vocab_size=128"], "The prompt holds the token 195"),
-        (["--training.sample_prompt=def", "--model.vocab_size=64"], "but this model knows 0 to 63 (vocab_size=64)."),
+        (["--model.vocab_size=128"], "The tokenizer 'bytes' has 256 tokens, but the model knows 128."),
+        (["--data.tokenizer=blank"], "Cannot read the tokenizer blank/tokenizer.json (data.tokenizer): No such file"),
+        (["--data.tokenizer=binary/a.bin"], "binary/a.bin (data.tokenizer) is not a tokenizer.json"),
         (["--training.ema_decay=2"], "ema_decay must be between 0 and 1"),
         (["--data.source=no/such/place"], "There is no file or folder 'no/such/place' (data.source)"),
         (["--data.source=empty"], "No text for data.source 'empty': no file is there."),
-        (["--data.source=blank"], "No text under 'blank': all 1 files are empty."),
-        (["--data.source=binary"], "No text for data.source 'binary': 1 files there are not UTF-8 text."),
+        (["--data.source=blank"], "No text in blank/a.txt: all are empty."),
+        (["--data.source=binary"], "No text in binary/a.bin: 1 are not UTF-8 text."),
         (["--data.source=short"], "needs 65 (sequence_length + 1)"),
         (["--run.name=file"], "file is a file, but a run needs a folder."),
         (["--run.name=other"], "is not the folder of a run: it has no config.yaml, but thesis.tex."),
@@ -140,7 +130,7 @@ def test_a_log_for_machines_is_one_json_object_a_line(tmp_path, capfd):
 
 
 def test_every_script_calls_its_command():
-    for name in ("train", "generate", "evaluate", "runs", "check", "benchmark"):
+    for name in ("train", "generate", "evaluate", "tokenizer", "runs", "check", "benchmark"):
         text = (ROOT / "scripts" / f"{name}.py").read_text()
         assert f"from revjax.cli.{name} import {name}" in text and f"call({name})" in text
 
@@ -177,6 +167,25 @@ def test_ctrl_c_leaves_a_checkpoint_that_generates(tmp_path, capsys):
     assert process.returncode == 130, err
     assert "Traceback" not in err and "SIGINT: ending after this step, with a checkpoint" in err
     assert "34,976 parameters" in out and "with jax.checkpoint" in out and "interrupted after step" in out
-    assert experiment.load_model(tmp_path / "runs" / "tiny").config.d_model == 32
+    assert experiment.load_run(tmp_path / "runs" / "tiny").model.config.d_model == 32
     assert cli.main(["generate", str(tmp_path / "runs" / "tiny"), "--prompt=def ", "--max_new_tokens=4"]) == 0
     assert capsys.readouterr().out.startswith("def ")
+
+
+def test_a_tokenizer_is_trained_and_nothing_is_overwritten(here, capsys):
+    (here / "notes").mkdir()
+    (here / "notes" / "a.txt").write_text("".join(f"{i} squared is {i * i}.\n" for i in range(300)))
+    assert cli.main(["tokenizer", "train", "notes", "--vocab_size=300", "--output=t.json"]) == 0
+    assert "--data.tokenizer=t.json --model.vocab_size=300" in capsys.readouterr().out
+    trained = (here / "t.json").read_bytes()
+    assert FileTokenizer(here / "t.json").vocab_size == 300 and {p.name for p in here.iterdir()} == {"notes", "t.json"}
+    for words, message in (
+        (["train", "notes", "--output=t.json"], "t.json is there already"),
+        (["train", "nowhere"], "no file or folder 'nowhere'"),
+        (["train", "notes", "--vocab_size=300", "--output=no/such/place.json"], "Cannot write no/such/place.json"),
+        (["notes"], "Expected 'train', but got notes"),
+        (["train"], "Expected one name, but got none"),
+        (["train", "notes", "--vocab_size=9000"], "gives only"),
+    ):
+        assert message in message_of(capsys, ["tokenizer", *words])
+    assert (here / "t.json").read_bytes() == trained

@@ -37,10 +37,12 @@ raise SystemExit(experiment.run(dataclasses.replace(ready, train_step=step)).exi
 
 @pytest.fixture
 def settings(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(2000)))
+    rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_text("".join(json.dumps({"text": f"{i} squared is {i * i}." * (i % 4)}) + "\n" for i in range(2000)))
+    text.write_text("".join(f"{i} plus {i} is {2 * i}.\n" for i in range(500)))
     return [
-        f"--data.source={text}",
+        f"--data.source={{{rows}: 2, {text}: 1}}",  # a mixture; several documents in a row
+        f"--data.cache={tmp_path / 'tokens'}",
         f"--run.folder={tmp_path}",
         "--data.sequence_length=32",
         "--data.batch_size=4",

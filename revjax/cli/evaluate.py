@@ -2,6 +2,7 @@
 
 from .. import experiment
 from ..config import help_text, load
+from ..logging import setup
 from .words import leading_names, one_name, take
 
 USAGE = "revjax evaluate runs/NAME [--source=PATH] [--max_batches=100]"
@@ -15,9 +16,10 @@ def evaluate(argv: list[str]) -> int:
         return 0
     options = load(experiment.EvaluateConfig, (), settings, environ={})
     experiment.use_compilation_cache("auto")
-    done = experiment.evaluate(one_name(names, USAGE), options)
-    print(
-        f"{done.source}: {done.bits_per_byte:.4f} bits/byte, {done.loss:.4f} nats/token, perplexity "
-        f"{done.perplexity:.4g}, over {done.num_tokens:,} tokens"
-    )
+    setup()
+    for done in experiment.evaluate(one_name(names, USAGE), options):
+        print(
+            f"{done.source}: {done.bits_per_byte:.4f} bits/byte, {done.loss:.4f} nats/token, perplexity "
+            f"{done.perplexity:.4g}, over {done.num_tokens:,} tokens"
+        )
     return 0

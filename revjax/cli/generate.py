@@ -15,9 +15,9 @@ def generate(argv: list[str]) -> int:
         return 0
     options = load(experiment.SampleConfig, (), settings, environ={})
     experiment.use_compilation_cache("auto")
-    model = experiment.load_model(one_name(names, USAGE))
+    run = experiment.load_run(one_name(names, USAGE))
     print(options.prompt, end="", flush=True)
-    for text in experiment.stream_text(model, options):
+    for text in experiment.stream_text(run.model, run.tokenizer, options):
         print(text, end="", flush=True)
     print()
     return 0

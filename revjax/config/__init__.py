@@ -15,3 +15,4 @@ from .importing import import_function as import_function
 from .loading import Loaded as Loaded
 from .loading import load as load
 from .loading import load_with_provenance as load_with_provenance
+from .places import users_cache as users_cache

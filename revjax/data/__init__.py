@@ -1,10 +1,21 @@
-"""Tokens of local text, in batches that can be resumed at any step."""
+"""Tokens of local text, in batches that can be resumed at any step.
 
+files -> documents -> tokens, cached -> texts, to train on and held out -> rows -> batches
+"""
+
+from .batches import Batch as Batch
 from .batches import Batches as Batches
-from .batches import batches as batches
 from .batches import validation_batches as validation_batches
-from .corpus import END_OF_FILE as END_OF_FILE
+from .config import STDLIB as STDLIB
+from .config import DataConfig as DataConfig
+from .config import TokenizerConfig as TokenizerConfig
 from .corpus import Corpus as Corpus
-from .corpus import DataConfig as DataConfig
+from .corpus import Part as Part
+from .corpus import Text as Text
 from .corpus import load_corpus as load_corpus
+from .rows import PackedRows as PackedRows
 from .tokenizer import ByteTokenizer as ByteTokenizer
+from .tokenizer import FileTokenizer as FileTokenizer
+from .tokenizer import Tokenizer as Tokenizer
+from .tokenizer import load_tokenizer as load_tokenizer
+from .tokenizer import train_tokenizer as train_tokenizer

@@ -1,26 +1,184 @@
-"""Bytes as tokens: no vocabulary to train, nothing to download, and loss in bits per byte is loss per token."""
+"""Text <-> tokens: bytes, or whatever a tokenizer.json says.
 
-from collections.abc import Iterable
+Between two documents stands one token, the separator: a model that reads it begins a document, and one that says it
+has ended one.
+"""
+
+import codecs
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ..errors import DataError, nearest
+from .config import BYTES, DataConfig
+from .documents import Documents
+from .files import find_files
+
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What the rest of revjax asks of a tokenizer."""
+
+    vocab_size: int  # tokens are below it
+    separator: int  # the token between documents
+    fingerprint: str  # another one for whatever gives other tokens
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the tokens of `text`, int32 of shape (number of tokens,), and no separator."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the tokens of each text, in parallel where that is possible."""
+        ...
+
+    def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
+        """Returns the text of `tokens`; a character that is cut off becomes U+FFFD."""
+        ...
+
+    def stream(self, prompt: Sequence[int] = ()) -> Callable[[Sequence[int], bool], str]:
+        """Returns `decode(tokens, is_last)` for tokens that come bit by bit after those of `prompt`.
+
+        It gives the text that is complete: no half of a character.
+        """
+        ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 to 255.
+    """UTF-8 bytes as tokens 0 to 255. Nothing to train or to download, and a byte that text does not have, 0, between
+    documents.
 
     >>> ByteTokenizer().encode("né")
-    array([110, 195, 169], dtype=uint8)
+    array([110, 195, 169], dtype=int32)
     """
 
     vocab_size = 256
+    separator = 0
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the UTF-8 bytes of `text`, uint8 of shape (number of bytes,)."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
+        """Returns the UTF-8 bytes of `text`, int32 of shape (number of bytes,)."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of byte values `ids`; bytes that are not UTF-8 (a cut character) become U+FFFD."""
-        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        if ids.ndim != 1 or ((ids < 0) | (ids > 255)).any():
-            raise ValueError(f"ids must be a sequence of numbers from 0 to 255, but got {ids}.")
-        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
+        return self.stream()(list(tokens), True)
+
+    def stream(self, prompt: Sequence[int] = ()) -> Callable[[Sequence[int], bool], str]:
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+        def step(tokens, is_last):
+            known = [token for token in tokens if token <= 255]  # a model may know more
+            return decode(bytes(known), is_last)
+
+        return step
+
+
+class FileTokenizer:
+    """A tokenizer.json, as Hugging Face's `tokenizers` writes it.
+
+    Text is text: where it spells a special token, it is not that token.
+
+    Args:
+      path: of the file.
+      separator: the token between documents; None takes the first of `SEPARATORS` that there is.
+
+    Raises `DataError` where the file cannot be read, or has no such token.
+    """
+
+    def __init__(self, path: str | pathlib.Path, separator: str | None = None):
+        path = pathlib.Path(path).expanduser()
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        try:
+            self.file = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.file)
+        except OSError as e:
+            hint = nearest(str(path), [BYTES])
+            raise DataError(f"Cannot read the tokenizer {path} (data.tokenizer): {e.strerror}.{hint}") from None
+        except Exception as e:  # tokenizers raises nothing more special
+            raise DataError(f"{path} (data.tokenizer) is not a tokenizer.json: {e}.") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.separator = self._separator(path, separator)
+        self.fingerprint = hashlib.sha256(self.file + b"\0" + str(self.separator).encode()).hexdigest()
+
+    def _separator(self, path: pathlib.Path, wanted: str | None) -> int:
+        for name in SEPARATORS if wanted is None else (wanted,):
+            token = self._tokenizer.token_to_id(name)
+            if token is not None:
+                return token
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        raise DataError(
+            f"{path} has no token {wanted!r} (data.separator)."
+            if wanted is not None
+            else f"{path} has none of the usual tokens between documents ({', '.join(SEPARATORS)})."
+            f" Set --data.separator to one that it has{': ' + ', '.join(special[:8]) if special else ''}."
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(e.ids, np.int32) for e in encoded]
+
+    def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def stream(self, prompt: Sequence[int] = ()) -> Callable[[Sequence[int], bool], str]:
+        stream, waiting = decoders.DecodeStream(skip_special_tokens=True), []
+        for token in prompt:
+            stream.step(self._tokenizer, int(token))
+
+        def step(tokens, is_last):
+            text = ""
+            for token in tokens:
+                waiting.append(token)
+                piece = stream.step(self._tokenizer, int(token))
+                if piece is not None:
+                    text += piece
+                    waiting.clear()
+            return text + self.decode(waiting) if is_last else text  # what is left is the half of a character
+
+        return step
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of `config`; raises `DataError` where there is none."""
+    return ByteTokenizer() if config.tokenizer == BYTES else FileTokenizer(config.tokenizer, config.separator)
+
+
+def train_tokenizer(source: str, vocab_size: int, *, text_field: str = "text", show_progress: bool = False) -> str:
+    """Returns a byte-level BPE for the text of `source` as the contents of a tokenizer.json.
+
+    Its last token is the separator, <|endoftext|>. Any text can be written in it, since its first tokens are bytes.
+    Raises `DataError` where there is no text, and where it does not have so many tokens to learn.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 1
+    if vocab_size < smallest:
+        raise DataError(f"vocab_size must be at least {smallest}: 256 bytes and the separator, but got {vocab_size}.")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=show_progress)  # pyright: ignore
+    documents = Documents(find_files(source), text_field)
+    tokenizer.train_from_iterator((piece.text for piece in documents), trainer)
+    documents.tell_left_out()
+    tokenizer.add_special_tokens([SEPARATORS[0]])
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise DataError(
+            f"The text of {source!r} gives only {tokenizer.get_vocab_size()} tokens, not {vocab_size}: "
+            "add text, or ask for fewer."
+        )
+    return tokenizer.to_str(pretty=True)

@@ -6,7 +6,7 @@ config  ->  build: text, model, optimizer, compiled step  ->  run: trains in run
 from .build import Experiment as Experiment
 from .build import build as build
 from .build import check_model as check_model
-from .build import next_byte_loss as next_byte_loss
+from .build import next_token_loss as next_token_loss
 from .compilation import use_compilation_cache as use_compilation_cache
 from .config import FolderConfig as FolderConfig
 from .config import MemoryConfig as MemoryConfig
@@ -17,9 +17,10 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .run import Result as Result
 from .run import run as run
-from .samples import load_model as load_model
 from .samples import sample_text as sample_text
 from .samples import stream_text as stream_text
+from .trained import TrainedRun as TrainedRun
+from .trained import load_run as load_run
 from .versions import versions as versions
 from .words import announce as announce
 from .words import summarize as summarize

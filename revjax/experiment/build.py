@@ -1,6 +1,6 @@
 """A run from its configuration: text, model, optimizer and compiled step.
 
-`build` finds every mistake that can be found without training, and writes nothing.
+`build` finds every mistake that can be found without training, and leaves the run folder as it is.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import jax
 from flax import nnx
 
 from ..checkpoint import Checkpointer
-from ..data import Batches, Corpus, batches, load_corpus
-from ..errors import DamagedCheckpointError, DataError
+from ..data import Batches, Corpus, load_corpus, load_tokenizer
+from ..errors import ConfigError, DamagedCheckpointError, DataError
+from ..generation.decode import check_prompt
 from ..models import CheckReport, Decoder, check
 from ..training import (
     RunFolder,
@@ -55,15 +56,17 @@ class Experiment:
         return 0 if self.is_dry else int(self.state.step)
 
 
-def next_byte_loss(
-    model: Any, rows: jax.Array, key: jax.Array | None, *, z_loss: float = 0.0
+def next_token_loss(
+    model: Any, batch: dict[str, jax.Array], key: jax.Array | None, *, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses in nats, number of tokens) of predicting each of `rows` (B, T + 1) but the first of a row.
+    """(sum of losses in nats, number of tokens) of predicting each of the tokens (B, T + 1) but the first of a row.
 
-    `model` is a language model with a `loss`, such as `Decoder`.
+    `model` is a language model with a `loss`, such as `Decoder`; what else is in `batch` (segment_ids, positions) goes
+    to it.
     """
-    rows = rows.astype("int32")
-    return model.loss(rows[:, :-1], rows[:, 1:], key=key, z_loss=z_loss)
+    more = dict(batch)
+    tokens = more.pop("tokens")
+    return model.loss(tokens[:, :-1], tokens[:, 1:], key=key, z_loss=z_loss, **more)
 
 
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
@@ -73,16 +76,21 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
       allow_change: names of fields in which a run that was begun may go on with other values.
 
-    Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing.
+    Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes
+    nothing but the cache of tokenised text.
     """
-    folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
+    if config.training.epochs is None:  # or the number of steps is not known yet
+        RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)  # before any work
     corpus = load_text(config)
-    rows = batches(
-        corpus.train,
+    rows = Batches(
+        corpus,
         batch_size=config.data.batch_size,
         sequence_length=config.data.sequence_length,
+        separate_documents=config.data.separate_documents,
         seed=config.training.seed,
     )
+    config = config.for_epochs_of(rows.rows_per_epoch)
+    folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
     param_key, step_key = jax.random.split(jax.random.key(config.training.seed))
     make_model = lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(param_key))
     skeleton, params = split(nnx.eval_shape(make_model) if dry else make_model())
@@ -100,7 +108,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     state, damaged = (jax.eval_shape(start, params), {}) if dry else _latest(start(params), folder, rows)
     step = make_train_step(
         skeleton,
-        functools.partial(next_byte_loss, z_loss=training.z_loss),
+        functools.partial(next_token_loss, z_loss=training.z_loss),
         optimizer,
         schedule=schedule,
         on_trouble=training.on_trouble,
@@ -109,20 +117,25 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         spike_sigmas=training.spike_sigmas,
     )
     compiled = jax.jit(step, donate_argnums=0).lower(state, rows.batch(0)).compile()
-    evaluate = jax.jit(make_eval_step(skeleton, next_byte_loss))
+    evaluate = jax.jit(make_eval_step(skeleton, next_token_loss))
     return Experiment(config, folder, corpus, rows, skeleton, state, compiled, evaluate, damaged)
 
 
 def load_text(config: RunConfig) -> Corpus:
-    """The corpus of `config`; raises `DataError` where the model's vocabulary does not hold it."""
-    corpus = load_corpus(config.data)
-    largest = max(int(tokens.max(initial=0)) for tokens in (corpus.train, corpus.validation))
-    if largest >= config.model.vocab_size:
+    """The corpus of `config`; raises a `RevjaxError` where the model's vocabulary, or the prompt, does not fit it."""
+    tokenizer = load_tokenizer(config.data)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
-            f"The text of {config.data.source!r} has the byte {largest}, but the model knows 0 to "
-            f"{config.model.vocab_size - 1}. Set --model.vocab_size=256."
+            f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, but the model knows "
+            f"{config.model.vocab_size}. Set --model.vocab_size={tokenizer.vocab_size}."
         )
-    return corpus
+    if config.training.sample_prompt:
+        try:
+            prompt = tokenizer.encode(config.training.sample_prompt)
+            check_prompt(prompt[None], config.training.sample_tokens, config.model)
+        except ValueError as e:
+            raise ConfigError(f"training.sample_prompt {config.training.sample_prompt!r}: {e}") from None
+    return load_corpus(config.data, tokenizer)
 
 
 def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> tuple[TrainState, dict]:
@@ -135,7 +148,8 @@ def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> tuple[TrainS
             return state, {}
         nested, meta, damaged = checkpointer.restore_latest(state.as_dict())
     rewinds = rewinds_to(folder.path, meta["step"])  # without the batches that sent training back to this step
-    rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"])
+    is_other_data = any(name.startswith("data.") or name == "training.seed" for name in folder.changed)
+    rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"], allow_change=is_other_data)
     return state.from_dict(nested), damaged
 
 

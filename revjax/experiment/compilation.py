@@ -6,6 +6,7 @@ import stat
 
 import jax
 
+from ..config import users_cache
 from ..logging import get_logger
 
 MAX_BYTES = 4 * 2**30  # beyond it, the programs that were not used for the longest time are deleted
@@ -23,7 +24,7 @@ def use_compilation_cache(folder: str | None) -> pathlib.Path | None:
         return pathlib.Path(known["jax_compilation_cache_dir"])
     if folder is None or not known["jax_enable_compilation_cache"]:
         return None
-    path = _users_cache() if folder == "auto" else pathlib.Path(folder).expanduser()
+    path = users_cache("xla") if folder == "auto" else pathlib.Path(folder).expanduser()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
@@ -38,8 +39,3 @@ def use_compilation_cache(folder: str | None) -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return path
-
-
-def _users_cache() -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "revjax" / "xla"

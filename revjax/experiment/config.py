@@ -1,20 +1,21 @@
 """The configuration of a run, checked as a whole."""
 
 import dataclasses
+import math
 import pathlib
 
 from ..core import parse_coupling
 from ..core.plan import Nothing
 from ..core.plan import parse as parse_plan
-from ..data import ByteTokenizer, DataConfig
+from ..data import DataConfig
 from ..errors import ConfigError
 from ..generation import Sampling
-from ..generation.decode import check_prompt
 from ..models import DecoderConfig
 from ..training import OptimizerConfig, TrainingConfig
 
 # What may change between two starts of one run: it does not change what the run computes.
 FREE = (
+    "data.cache",
     "run",
     "training.keep_best",
     "training.keep_every",
@@ -96,20 +97,21 @@ class RunConfig:
                 f"Learned positions end at model.max_length={self.model.max_length}, but data.sequence_length is "
                 f"{self.data.sequence_length}. Set --model.max_length={self.data.sequence_length}."
             )
-        if self.training.sample_prompt:
-            tokens = ByteTokenizer().encode(self.training.sample_prompt)
-            try:
-                check_prompt(tokens[None], self.training.sample_tokens, self.model)
-            except ValueError as e:
-                raise ConfigError(f"training.sample_prompt {self.training.sample_prompt!r}: {e}") from None
+
+    def for_epochs_of(self, rows: float) -> "RunConfig":
+        """This configuration with `training.epochs`, of so many rows, said in steps."""
+        if self.training.epochs is None:
+            return self
+        steps = max(math.ceil(self.training.epochs * rows / self.data.batch_size), 1)
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, steps=steps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(Sampling):
     """What to generate."""
 
-    prompt: str = "def "  # what the text continues; "" begins a file
-    max_new_tokens: int = 300  # bytes
-    temperature: float = 0.7  # 0 always takes the likeliest byte, 1 is the model's own distribution
+    prompt: str = "def "  # what the text continues; "" begins a document
+    max_new_tokens: int = 300
+    temperature: float = 0.7  # 0 always takes the likeliest token, 1 is the model's own distribution
     stop: tuple[str, ...] = ()  # texts before which it ends
     seed: int = 0  # another one, another text

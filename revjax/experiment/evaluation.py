@@ -1,21 +1,18 @@
-"""The loss of a trained model on any text."""
+"""The loss of a model on texts."""
 
 import dataclasses
 import math
 import os
-import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
-from ..data import DataConfig, load_corpus, validation_batches
+from ..data import Part, load_corpus, validation_batches
 from ..errors import DataError
-from ..training import make_eval_step, mean_loss, split
-from ..training.folder import read_config
-from .build import next_byte_loss
-from .config import RunConfig
-from .samples import load_model
+from ..training import bits_per_byte, make_eval_step, mean_loss, split
+from .build import next_token_loss
+from .trained import load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,44 +34,72 @@ class EvaluateConfig:
 class Evaluation:
     """A loss, and what it is a mean of."""
 
-    loss: float  # nats per token
-    num_tokens: int  # predicted
     source: str
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.loss / math.log(2)
+    loss: float  # nats per token
+    bits_per_byte: float
+    num_tokens: int  # predicted
 
     @property
     def perplexity(self) -> float:
-        """Of a token, which is a byte."""
+        """Of a token."""
         return math.exp(self.loss)
 
 
-def evaluate(folder: str | os.PathLike, options: EvaluateConfig) -> Evaluation:
+def losses(
+    eval_step: Callable[[Any, Any], tuple[Any, Any]],
+    params: Any,
+    parts: Sequence[Part],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    **how: Any,
+) -> dict[str, Any] | None:
+    """{loss, bits_per_byte, perplexity}: means of the `parts` by weight; where there are more, `texts` has each.
+
+    None once `stop()` is true. `how` is for `validation_batches`.
+    """
+    texts = {}
+    for part in parts:
+        found = mean_loss(eval_step, params, validation_batches(part.text, **how), stop=stop)
+        if found is None:
+            return None
+        loss, _ = found
+        texts[part.name] = {"loss": loss, "bits_per_byte": bits_per_byte(loss, part.text.bytes_per_token)}
+    mean = lambda name: sum(part.weight * texts[part.name][name] for part in parts)
+    found = {name: mean(name) for name in ("loss", "bits_per_byte")} | {"perplexity": math.exp(min(mean("loss"), 700))}
+    return found | ({"texts": texts} if len(texts) > 1 else {})
+
+
+def evaluate(folder: str | os.PathLike, options: EvaluateConfig) -> list[Evaluation]:
     """The loss of the model of the latest checkpoint in the run's `folder`, without dropout, on rows in order.
 
-    Raises a `RevjaxError` where there is no run, no checkpoint, or no text.
+    One for each text that the run held out or names in data.validation, or the one for `options.source`. Raises a
+    `RevjaxError` where there is no run, no checkpoint, or no text.
     """
-    config = read_config(pathlib.Path(folder).expanduser(), RunConfig)
-    sizes = {
-        "batch_size": options.batch_size or config.data.batch_size,
-        "sequence_length": options.sequence_length or config.data.sequence_length,
-    }
+    trained = load_run(folder)
+    data = dataclasses.replace(trained.data, sequence_length=options.sequence_length or trained.data.sequence_length)
     if options.source is None:
-        tokens, source = load_corpus(config.data).validation, f"{config.data.source}, held out"
-        if not len(tokens):
+        parts = load_corpus(data).validation
+        if not parts:
             raise DataError("The run held no text out (data.validation_fraction=0). Set --source=PATH.")
     else:
-        data = DataConfig(source=options.source, validation_fraction=0.0, sequence_length=sizes["sequence_length"])
-        tokens, source = load_corpus(data).train, options.source
-    model = load_model(folder)
-    if int(tokens.max()) >= config.model.vocab_size:
-        raise DataError(
-            f"The text has the byte {tokens.max()}, but the model knows 0 to {config.model.vocab_size - 1}."
+        parts = load_corpus(
+            dataclasses.replace(data, source=options.source, validation={}, validation_fraction=0.0)
+        ).train
+    skeleton, params = split(trained.model)
+    eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
+    evaluations = []
+    for part in parts:
+        batches = validation_batches(
+            part.text,
+            batch_size=options.batch_size or data.batch_size,
+            sequence_length=data.sequence_length,
+            separate_documents=data.separate_documents,
+            max_batches=options.max_batches,
         )
-    skeleton, params = split(nnx.clone(model))
-    rows = list(validation_batches(tokens, **sizes, max_batches=options.max_batches))
-    loss = mean_loss(jax.jit(make_eval_step(skeleton, next_byte_loss)), params, rows)
-    assert loss is not None  # nothing stops it
-    return Evaluation(loss, int(np.sum([batch[:, 1:].size for batch in rows])), source)
+        found = mean_loss(eval_step, params, batches)
+        assert found is not None  # nothing stops it
+        loss, num_tokens = found
+        name = part.name if options.source or not part.weight else f"{part.name}, held out"
+        bits = bits_per_byte(loss, part.text.bytes_per_token)
+        evaluations.append(Evaluation(name, loss, bits, int(num_tokens)))
+    return evaluations

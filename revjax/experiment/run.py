@@ -1,7 +1,6 @@
 """Trains what `build` made ready, in the run's folder."""
 
 import dataclasses
-import functools
 import pathlib
 import signal
 import time
@@ -9,15 +8,17 @@ import time
 import jax
 
 from ..checkpoint import Checkpointer
-from ..data import validation_batches
+from ..data import FileTokenizer
 from ..errors import RunFolderError
 from ..logging import get_logger
 from ..memory import peak_flops
 from ..models import flops_per_token, hardware_flops_per_token
-from ..training import MetricsLog, Outcome, StopRequest, Work, mean_loss, plot_losses, train
+from ..training import MetricsLog, Outcome, StopRequest, Work, plot_losses, train
 from .build import Experiment
 from .config import RunConfig, SampleConfig
+from .evaluation import losses
 from .samples import sample_text
+from .trained import TOKENIZER
 from .versions import git_revision, versions
 
 EXIT_STOPPED = 3  # training.on_trouble: stop
@@ -49,6 +50,8 @@ def run(experiment: Experiment) -> Result:
     made_with = {"versions": versions(), "git": git_revision(), "backend": jax.default_backend()}
     folder.claim(", ".join(filter(None, made_with.values())))
     try:
+        if isinstance(experiment.corpus.tokenizer, FileTokenizer):
+            folder.keep(TOKENIZER, experiment.corpus.tokenizer.file)
         _refuse_stale(experiment)
         with (
             StopRequest() as stop_request,
@@ -73,7 +76,7 @@ def run(experiment: Experiment) -> Result:
                 skeleton=experiment.skeleton,
                 evaluate=_evaluation(experiment, stop_request),
                 sample=_sampling(experiment),
-                work=_work(config),
+                work=_work(experiment),
                 meta=made_with | {"config": dataclasses.asdict(config)},
                 checkpointer=checkpointer,
                 metrics_log=metrics_log,
@@ -88,11 +91,13 @@ def run(experiment: Experiment) -> Result:
     return Result(outcome, time.perf_counter() - started, sample, folder.path)
 
 
-def _work(config: RunConfig) -> Work:
+def _work(experiment: Experiment) -> Work:
+    config = experiment.config
     tokens, length = config.tokens_per_step, config.data.sequence_length
     peak = config.training.peak_flops or peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return Work(
         tokens,
+        bytes_per_token=experiment.corpus.bytes_per_token,
         model_flops=tokens * flops_per_token(config.model, length),
         hardware_flops=tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
         peak_flops=peak,  # a step runs on one device
@@ -111,13 +116,13 @@ def _refuse_stale(experiment: Experiment) -> None:
 
 
 def _evaluation(experiment: Experiment, stop_request: StopRequest):
-    config, tokens = experiment.config, experiment.corpus.validation
-    if not len(tokens):
+    config, parts = experiment.config, experiment.corpus.validation
+    if not parts:
         return None
-    sizes = dict(batch_size=config.data.batch_size, sequence_length=config.data.sequence_length)
-    rows = functools.partial(validation_batches, tokens, **sizes, max_batches=config.training.eval_batches)
+    sizes = {"batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length}
+    how = sizes | {"separate_documents": config.data.separate_documents, "max_batches": config.training.eval_batches}
     stop = lambda: stop_request.signal is not None
-    return lambda state: mean_loss(experiment.eval_step, state.eval_params, rows(), stop=stop)
+    return lambda state: losses(experiment.eval_step, state.eval_params, parts, **how, stop=stop)
 
 
 def _sampling(experiment: Experiment):
@@ -130,7 +135,8 @@ def _sampling(experiment: Experiment):
         temperature=options.sample_temperature,
         seed=options.seed,
     )
-    return lambda state: sample_text(experiment.skeleton.merge(state.eval_params), sample)
+    tokenizer = experiment.corpus.tokenizer
+    return lambda state: sample_text(experiment.skeleton.merge(state.eval_params), tokenizer, sample)
 
 
 def _leave_results(experiment: Experiment, outcome: Outcome) -> str | None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from ..data import Corpus, Text
 from ..memory import activation_memory
 from ..models import flops_per_token, num_params
 from ..training import TrainState, read_metrics
@@ -28,9 +29,9 @@ def announce(experiment: Experiment) -> str:
         "versions": versions(),
         "model": f"{num_params(experiment.skeleton.abstract):,} parameters: {model.num_layers} layers, "
         f"d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
-        "text": f"{data.source}: {len(corpus.train):,} bytes of {len(corpus.train_files)} files, "
-        f"{len(corpus.validation):,} bytes of {len(corpus.validation_files)} files held out",
+        "text": _texts(corpus),
         "training": f"{steps - start:,} steps of {data.batch_size} x {data.sequence_length} tokens: {tokens:,} tokens, "
+        f"{_number(steps * data.batch_size / experiment.batches.rows_per_epoch)} epochs, "
         f"{flops:.2g} floating-point operations",
         "state": _state_bytes(experiment.state),
         "activations": f"{reversible} with coupling {model.coupling} and plan {config.memory.plan}; "
@@ -41,6 +42,27 @@ def announce(experiment: Experiment) -> str:
         "results": f"{experiment.folder.path}/",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def _texts(corpus: Corpus) -> str:
+    several = len(corpus.train) > 1
+    shares = {part.name: f"{part.weight:.0%} " if several else "" for part in corpus.train}
+    lines = [f"{shares[part.name]}{part.name}: {_size(part.text)}" for part in corpus.train]
+    held_out = {part.name: part.text for part in corpus.validation if part.weight and part.name in shares}
+    if held_out:
+        lines.append("held out: " + ", ".join(_size(text) for text in held_out.values()))
+    others = [part for part in corpus.validation if part.name not in held_out]
+    lines += [f"evaluated as {part.name}: {_size(part.text)}" for part in others]
+    return ("\n" + " " * 13).join(lines)
+
+
+def _size(text: Text) -> str:
+    documents = "1 document" if text.num_documents == 1 else f"{text.num_documents:,} documents"
+    return f"{text.num_tokens:,} tokens of {documents}"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.2g}"
 
 
 def _state_bytes(state: TrainState) -> str:

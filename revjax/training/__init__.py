@@ -10,6 +10,7 @@ from .loop import TrainingConfig as TrainingConfig
 from .loop import mean_loss as mean_loss
 from .loop import train as train
 from .metrics import MetricsLog as MetricsLog
+from .metrics import bits_per_byte as bits_per_byte
 from .metrics import read_metrics as read_metrics
 from .metrics import rewinds_to as rewinds_to
 from .optimizer import OptimizerConfig as OptimizerConfig

@@ -4,6 +4,7 @@ config.yaml         as resolved, with the versions that it was started with; con
 metrics.jsonl       one line for each step            validation.jsonl   one for each evaluation
 samples.jsonl       one line for each sample          trouble.jsonl      one for each gradient not trusted
 checkpoints/STEP    the latest few                    loss.png, sample.txt
+tokenizer.json      where the text is not in bytes
 .lock               held by the process that trains here
 """
 
@@ -53,7 +54,15 @@ class RunFolder:
 
     def _is_unbegun(self) -> bool:
         """Whether there is nothing in the folder, or only what a run leaves there before its first step."""
-        ours = {".lock", "config.yaml", "config.tmp", "checkpoints", *(f"{name}.jsonl" for name in LOGS)}
+        ours = {
+            ".lock",
+            "config.yaml",
+            "config.tmp",
+            "checkpoints",
+            "tokenizer.json",
+            "tokenizer.json.tmp",
+            *(f"{name}.jsonl" for name in LOGS),
+        }
         steps = any(p.name.isdecimal() for p in self.checkpoints.glob("*"))
         others = any(p.name not in ours for p in self.path.iterdir())
         if steps or others or read_metrics(self.path / "metrics.jsonl"):
@@ -95,6 +104,13 @@ class RunFolder:
             raise RunFolderError(
                 f"Cannot write to {self.path}: {e.strerror}. Set run.folder to another place."
             ) from None
+
+    def keep(self, name: str, contents: bytes) -> None:
+        """Writes a file of the folder at once, unless it is there. The folder must be claimed."""
+        if not (self.path / name).exists():
+            temporary = self.path / f"{name}.tmp"
+            temporary.write_bytes(contents)
+            os.replace(temporary, self.path / name)
 
     def release(self) -> None:
         """Lets another process claim the folder."""

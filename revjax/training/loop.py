@@ -16,7 +16,7 @@ from ..checkpoint import Checkpointer
 from ..data import Batches
 from ..errors import CheckpointError
 from ..logging import Progress, get_logger
-from .metrics import MetricsLog, bits, rewinds_to
+from .metrics import MetricsLog, rewinds_to
 from .reader import Pending, Reader, Trouble, Work
 from .signals import StopRequest
 from .state import Skeleton, TrainState
@@ -32,6 +32,7 @@ class TrainingConfig:
 
     steps: int = 1000
     tokens: int | None = None  # instead of steps: how many to train on
+    epochs: float | None = None  # instead of steps: how often to see the whole text
     seed: int = 0  # of parameters, batches and dropout
     eval_every: int = 100  # steps between two looks at the held-out text
     eval_batches: int = 8  # batches of such a look, always the same ones
@@ -58,6 +59,10 @@ class TrainingConfig:
         for name in ("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_latest", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs must be above 0, or null for training.steps, but got {self.epochs}.")
+        if self.epochs is not None and self.tokens is not None:
+            raise ValueError("tokens and epochs both say how long to train: set one of them.")
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, or null for training.steps, but got {self.tokens}.")
         if self.spike_sigmas is not None and not self.spike_sigmas > 0:
@@ -99,7 +104,7 @@ def train(
     checkpointer: Checkpointer,
     metrics_log: MetricsLog,
     stop_request: StopRequest,
-    evaluate: Callable[[TrainState], float | None] | None = None,
+    evaluate: Callable[[TrainState], dict[str, Any] | None] | None = None,
     sample: Callable[[TrainState], str] | None = None,
     meta: dict[str, Any] | None = None,
     work: Work | None = None,
@@ -110,7 +115,8 @@ def train(
       state: as of the last step that was made; it is used up.
       train_step: compiled, from `make_train_step`.
       batches: where they stand is saved with each checkpoint.
-      evaluate: returns the held-out loss in nats per token, or None if it was interrupted; None leaves validation out.
+      evaluate: returns what the held-out text gives (`loss`, in nats per token, `bits_per_byte`, and maybe more), or
+        None if it was interrupted; None leaves validation out.
       sample: returns a text, for `config.sample_every`.
       meta: what each checkpoint holds besides, as JSON has it (versions, configuration).
       work: what a step does, for its speed; None counts the tokens of a batch.
@@ -132,7 +138,7 @@ class _Training:
     """`train`, with what changes on the way: the state, its step, and where the batches stand."""
 
     reader: Reader
-    evaluate: Callable[[TrainState], float | None] | None
+    evaluate: Callable[[TrainState], dict[str, Any] | None] | None
     sample: Callable[[TrainState], str] | None
     meta: dict[str, Any]
 
@@ -236,11 +242,11 @@ class _Training:
 
     def _validate(self) -> None:
         with self.watchdog.watch(f"the evaluation of step {self.step}"):
-            loss = self.evaluate(self.state)  # pyright: ignore[reportOptionalCall]
-        if loss is not None:
-            self.held_out = self.step, loss
-            self.log.validation(step=self.step, loss=loss, bits_per_byte=bits(loss), time=round(time.time(), 3))
-            get_logger(__name__).info("step %d: validation %.4f bits/byte", self.step, bits(loss))
+            found = self.evaluate(self.state)  # pyright: ignore[reportOptionalCall]
+        if found is not None:
+            self.held_out = self.step, found["loss"]
+            self.log.validation(step=self.step, **found, time=round(time.time(), 3))
+            get_logger(__name__).info("step %d: validation %.4f bits/byte", self.step, found["bits_per_byte"])
 
     def _save(self, *, force: bool = False) -> None:
         """Starts to save, and with `force` waits until it is done."""
@@ -266,12 +272,15 @@ def mean_loss(
     batches: Iterable[Any],
     *,
     stop: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """The loss in nats per token over all of `batches`, whose sums are divided once; None once `stop()` is true."""
+) -> tuple[float, float] | None:
+    """(loss in nats per token, number of tokens) of all `batches`, whose sums are divided once.
+
+    None once `stop()` is true.
+    """
     sums = []
     for batch in batches:
         if stop():
             return None
         sums.append(jax.device_get(eval_step(params, batch)))
     total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
-    return float(total / weight)
+    return float(total / weight), float(weight)

@@ -134,9 +134,9 @@ def rewinds_to(folder: str | os.PathLike, step: int) -> list[dict[str, Any]]:
     return [line for line in read_metrics(pathlib.Path(folder) / "trouble.jsonl") if line.get("to_step") == step]
 
 
-def bits(nats: float) -> float:
-    """Nats in bits."""
-    return nats / math.log(2)
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """A loss that does not depend on how text is cut into tokens."""
+    return nats_per_token / bytes_per_token / math.log(2)
 
 
 def _line(fields: dict[str, Any]) -> bytes:
@@ -146,4 +146,6 @@ def _line(fields: dict[str, Any]) -> bytes:
 def _plain(x: Any) -> Any:
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         x = np.asarray(x).item()
+    if isinstance(x, dict):
+        return {name: _plain(value) for name, value in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..logging import Progress, get_logger
-from .metrics import MetricsLog, bits
+from .metrics import MetricsLog, bits_per_byte
 from .state import Skeleton
 from .step import OnTrouble
 
@@ -33,6 +33,7 @@ class Work:
     """What a step does, for its speed."""
 
     tokens: int
+    bytes_per_token: float = 1.0  # of text
     model_flops: float | None = None  # of all tokens, nothing twice
     hardware_flops: float | None = None  # with what is computed again
     peak_flops: float | None = None  # a second, of all devices; None where it is not known
@@ -97,7 +98,7 @@ class Reader:
         trouble, loss = bool(numbers.pop("trouble")), float(numbers["loss"])
         numbers |= {name: int(numbers[name]) for name in ("canary", "unsafe", "skipped")} | {
             "spike": bool(numbers["spike"]),
-            "bits_per_byte": bits(loss),
+            "bits_per_byte": bits_per_byte(loss, self.work.bytes_per_token),
             **speeds,
             **memory_in_use(),
             "data_wait_s": round(pending.data_wait_s, 6),
@@ -107,7 +108,7 @@ class Reader:
         shown = {"tokens_per_s": round(speeds["tokens_per_second"])} | (
             {"mfu": speeds["mfu"]} if "mfu" in speeds else {}
         )
-        self.progress.update(1, loss=loss, bits_per_byte=bits(loss), **shown, canary=numbers["canary"])
+        self.progress.update(1, loss=loss, bits_per_byte=numbers["bits_per_byte"], **shown, canary=numbers["canary"])
         return self._complain(pending, numbers) if trouble else None
 
     def _complain(self, pending: Pending, metrics: dict[str, Any]) -> Trouble:

@@ -1,7 +1,6 @@
-"""Local text becomes the same tokens everywhere, with whole files held out, or a clear error."""
+"""Sources become texts to train on and texts held out, document by document, the same everywhere."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -9,144 +8,102 @@ import numpy as np
 import pytest
 
 from revjax.data import DataConfig, load_corpus
-from revjax.data.corpus import END_OF_FILE, _held_out
+from revjax.data.cache import TokenCache
+from revjax.data.corpus import split
 from revjax.errors import DataError
-
-
-def config(source, **changes):
-    return DataConfig(**{"source": str(source), "sequence_length": 4, "validation_fraction": 0.25, **changes})
 
 
 @pytest.fixture
 def notes(tmp_path):
-    """Twenty files of 40 bytes in three folders."""
+    """Forty files of eight bytes."""
     folder = tmp_path / "notes"
-    for i in range(20):
-        path = folder / "abc"[i % 3] / f"{i:02d}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{i:02d}".ljust(39) + "\n")
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02d}.md").write_text(f"note {i:02d}\n")
     return folder
 
 
-def test_a_folder_is_every_file_in_order_of_name_each_followed_by_its_end(notes):
-    corpus = load_corpus(config(notes, validation_fraction=0))
-    assert corpus.train.dtype == np.uint8 and len(corpus.validation) == 0
-    paths = sorted(notes.rglob("*.md"))
-    assert corpus.train.tobytes() == b"".join(p.read_bytes() + bytes([END_OF_FILE]) for p in paths)
-    assert corpus.train_files == tuple(p.relative_to(notes).as_posix() for p in paths)
+def config(source, **changes):
+    settings = {"source": str(source), "sequence_length": 4, "validation_fraction": 0.25}
+    return DataConfig(**settings | {"cache": "auto"} | changes)
 
 
-def test_whole_files_are_held_out(notes):
+def documents(text):
+    return [bytes(text.tokens[a:b]) for a, b in zip(text.starts, text.ends)]
+
+
+def test_whole_documents_are_held_out(notes):
     corpus = load_corpus(config(notes))
-    assert corpus.validation_files and not set(corpus.train_files) & set(corpus.validation_files)
-    assert len(corpus.train_files) + len(corpus.validation_files) == 20
-    assert corpus.validation.tobytes() == b"".join((notes / n).read_bytes() + b"\0" for n in corpus.validation_files)
+    (train,), (held_out,) = corpus.train, corpus.validation
+    both = documents(train.text) + documents(held_out.text)
+    assert sorted(both) == [f"\0note {i:02d}\n".encode() for i in range(40)]
+    assert 3 <= held_out.text.num_documents <= 20 and train.weight == held_out.weight == 1
+    assert train.text.num_bytes == 8 * train.text.num_documents and corpus.bytes_per_token == pytest.approx(8 / 9)
 
 
-def test_a_new_file_moves_no_other_file(notes):
-    before = load_corpus(config(notes))
+def test_a_new_document_moves_no_other_and_the_same_text_is_on_one_side(notes):
+    before = set(documents(load_corpus(config(notes)).validation[0].text))
     (notes / "new.md").write_text("a new note")
-    after = load_corpus(config(notes))
-    assert set(before.validation_files) == set(after.validation_files) - {"new.md"}
+    for name in ("00", "01", "02", "03"):
+        (notes / f"copy{name}.md").write_text(f"note {name}\n")
+    corpus = load_corpus(config(notes))
+    train, held_out = (set(documents(part.text)) for part in (corpus.train[0], corpus.validation[0]))
+    assert held_out - {b"\0a new note"} == before and not train & held_out
 
 
 def test_the_split_does_not_depend_on_the_process(notes):
-    code = f"from revjax.data import *; print(load_corpus({config(notes)!r}).validation_files)"
+    code = f"from revjax.data import *; c = load_corpus({config(notes)!r}); print(c.validation[0].text.starts.tolist())"
     for seed in ("0", "1"):
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.getcwd()}
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert out.stdout.strip() == str(load_corpus(config(notes)).validation_files)
+        assert out.stdout.strip() == str(load_corpus(config(notes)).validation[0].text.starts.tolist())
 
 
-@pytest.mark.parametrize("count, fraction, held", [(2, 1e-9, 1), (2, 0.999, 1), (1, 0.5, 0), (5, 0.0, 0)])
-def test_both_sides_have_a_file_where_that_is_possible(count, fraction, held):
-    assert len(_held_out([f"{i}.md" for i in range(count)], fraction)) == held
+@pytest.mark.parametrize("count, fraction, held", [(2, 1e-9, 1), (2, 0.999, 1), (5, 0.0, 0)])
+def test_both_sides_have_a_document_where_that_is_possible(count, fraction, held):
+    rows = [(2 * i + 2, i + 1, i * 2**60) for i in range(count)]
+    cache = TokenCache(
+        "", np.zeros(2 * count, np.uint8), np.array(rows, [("end", "i8"), ("bytes", "i8"), ("hash", "u8")])
+    )
+    train, held_out = split(cache, fraction)
+    assert (train.num_documents, held_out.num_documents) == (count - held, held)
 
 
-def test_one_file_is_split_by_position(tmp_path):
+def test_one_document_is_split_by_position(tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text("a" * 75 + "b" * 25)
+    path.write_text("a" * 75 + "b" * 24)
     corpus = load_corpus(config(path))
-    assert corpus.train.tobytes() == b"a" * 75 + b"\0" and corpus.validation.tobytes() == b"b" * 25 + b"\0"
+    assert documents(corpus.train[0].text) == [b"\0" + b"a" * 74]
+    assert documents(corpus.validation[0].text) == [b"a" + b"b" * 24]
 
 
-def test_a_glob_selects(notes, monkeypatch):
-    assert all(n.startswith("a/") for n in load_corpus(config(notes / "a*" / "**" / "*.md")).train_files)
-    monkeypatch.chdir(notes.parent)
-    assert len(load_corpus(config("notes/**/*.md", validation_fraction=0)).train_files) == 20
-
-
-def test_hidden_files_are_left_out(notes):
-    (notes / ".git").mkdir()
-    (notes / ".git" / "config").write_text("[core]")
-    assert ".git/config" not in load_corpus(config(notes, validation_fraction=0)).train_files
-
-
-def test_files_that_are_not_text_are_left_out_with_a_warning(notes, caplog):
-    (notes / "image.png").write_bytes(b"\x89PNG\xff")
-    corpus = load_corpus(config(notes, validation_fraction=0))
-    assert "image.png" not in corpus.train_files
-    assert "left out 1 files that are not UTF-8" in caplog.text and "image.png" in caplog.text
-
-
-def test_the_standard_library_is_millions_of_tokens_of_source():
-    corpus = load_corpus(DataConfig())
-    files = set(corpus.train_files + corpus.validation_files)
-    assert {"argparse.py", "asyncio/events.py"} <= files
-    assert not [f for f in files if {"test", "tests", "site-packages"} & set(pathlib.PurePath(f).parts)]
-    assert len(corpus.train) > 5_000_000 and len(corpus.validation) > 200_000
-    assert 0.02 < len(corpus.validation_files) / len(files) < 0.1
-
-
-def empty_file(folder):
-    (folder / "a.txt").write_text("")
-    return "a.txt"
-
-
-def short_file(folder):
-    (folder / "a.txt").write_text("abc")
-    return "a.txt"
-
-
-def binary_file(folder):
-    (folder / "a.bin").write_bytes(b"\xff\xfe\xff")
-    return "a.bin"
-
-
-def empty_folder(folder):
-    (folder / "nothing").mkdir()
-    return "nothing"
-
-
-def short_validation(folder):
-    (folder / "a.txt").write_text("a" * 10)
-    return "a.txt"
+def test_a_mixture_has_its_shares_and_more_texts_to_evaluate_on(notes, tmp_path):
+    (tmp_path / "book.txt").write_text("abc" * 100)
+    sources = {str(notes): 3, str(tmp_path / "book.txt"): 1}
+    corpus = load_corpus(DataConfig(sequence_length=4, source=sources, validation={"book": str(tmp_path / "book.txt")}))
+    assert [part.weight for part in corpus.train] == [0.75, 0.25]
+    assert [(part.name, part.weight) for part in corpus.validation] == [
+        (str(notes), 0.75),
+        (str(tmp_path / "book.txt"), 0.25),
+        ("book", 0.0),
+    ]
+    alone = load_corpus(config(notes, validation_fraction=0, validation={"book": str(tmp_path / "book.txt")}))
+    assert [(part.name, part.weight) for part in alone.validation] == [("book", 1.0)]
+    other_shares = load_corpus(DataConfig(sequence_length=4, source={name: 1 for name in sources}))
+    assert len({corpus.fingerprint, alone.fingerprint, other_shares.fingerprint}) == 3
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "text, message",
     [
-        (lambda folder: "nowhere", "no file or folder.*nowhere.*seen from"),
-        (lambda folder: "*.txt", r"No text for data.source .*\*.txt.*no file is there"),
-        (empty_folder, "No text for data.source.*no file is there"),
-        (empty_file, "all 1 files are empty"),
-        (binary_file, "1 files there are not UTF-8 text"),
-        (short_file, "training text .* has 3 tokens, but one row needs 5"),
-        (short_validation, "validation text .* or a larger data.validation_fraction"),
+        ("abc", "training text .* has 3 tokens, but one row needs 5"),
+        ("a" * 10, "validation text .* or a larger data.validation_fraction"),
     ],
 )
-def test_bad_sources_are_named(tmp_path, make, message):
+def test_a_split_that_is_too_short_is_named(tmp_path, text, message):
+    (tmp_path / "a.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        load_corpus(config(tmp_path / make(tmp_path)))
-
-
-def test_a_file_that_may_not_be_read_is_named(notes, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)  # root may read anything, so chmod would not do
-    with pytest.raises(DataError, match=r"Cannot read .*00.md: Permission denied"):
-        load_corpus(config(notes))
+        load_corpus(config(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +114,9 @@ def test_a_file_that_may_not_be_read_is_named(notes, monkeypatch):
         ({"validation_fraction": 1.0}, r"validation_fraction must be in \[0, 1\)"),
         ({"validation_fraction": float("nan")}, r"validation_fraction must be in \[0, 1\)"),
         ({"source": ""}, "source must be"),
+        ({"source": {}}, "source must be"),
+        ({"source": {"a": 0.0}}, "the share of 'a' must be above 0"),
+        ({"tokenizer": ""}, "tokenizer must not be empty"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

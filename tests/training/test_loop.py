@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from revjax.checkpoint import Checkpointer
-from revjax.data import batches
+from revjax.data import Batches
 from revjax.errors import CheckpointError
 from revjax.logging import get_logger
 from revjax.models.stack import ReversibleStack
@@ -34,6 +34,8 @@ from revjax.training import (
     train,
 )
 
+from ..data.texts import make_corpus, make_text
+
 TOKENS = np.random.default_rng(0).integers(1, 255, 4000).astype(np.uint8)
 NAN, OVERFLOW = 255, 0  # a batch that begins with this
 
@@ -46,7 +48,12 @@ class Branch(nnx.Module):
         return x @ self.kernel[...]
 
 
-def loss(model, rows, key):
+def make_batches():
+    return Batches(make_corpus(make_text(TOKENS)), batch_size=4, sequence_length=8, seed=0, separate_documents=False)
+
+
+def loss(model, batch, key):
+    rows = batch["tokens"]
     first = rows[0, 0]
     scale = jnp.where(first == OVERFLOW, 1e6, 1.0) * jnp.where(first == NAN, jnp.nan, 1.0)
     x = rows[:, :8].astype(jnp.float32)[:, None] / 255 * scale
@@ -77,18 +84,31 @@ def told():
     logger.setLevel(level)
 
 
-def run(folder, parts, *, before_step=lambda i, row: row, evaluate=lambda state: 1.0 + float(state.step), **settings):
+def held_out(loss):
+    return {"loss": loss, "bits_per_byte": loss / np.log(2)}
+
+
+def run(
+    folder,
+    parts,
+    *,
+    before_step=lambda i, row: row,
+    evaluate=lambda state: held_out(1.0 + float(state.step)),
+    **settings,
+):
     """Trains in `folder`, going on from its checkpoint; `before_step` may change what step i gets, or raise."""
     skeleton, steps, state = parts
     config = TrainingConfig(**({"steps": 10, "eval_every": 4, "checkpoint_every": 5} | settings))
-    rows = batches(TOKENS, batch_size=4, sequence_length=8, seed=0)
+    rows = make_batches()
     checkpointer = Checkpointer(folder / "checkpoints", every=config.checkpoint_every, keep=2)
     if checkpointer.latest_step() is not None:
         nested, meta = checkpointer.restore(target=state.as_dict())
         rewinds = rewinds_to(folder, meta["step"])
         rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"])
         state = state.from_dict(nested)
-    step = lambda state, batch: steps[config.on_trouble](state, before_step(int(state.step), batch))
+    step = lambda state, batch: steps[config.on_trouble](
+        state, {"tokens": before_step(int(state.step), batch["tokens"])}
+    )
     with checkpointer, MetricsLog(folder, start_step=int(state.step)) as log, StopRequest() as request:
         return train(
             state,
@@ -221,27 +241,27 @@ def begins_with(value):
 
 
 def test_rewind_goes_back_and_on_without_the_batch(tmp_path, parts, told):
-    rows = batches(TOKENS, batch_size=4, sequence_length=8, seed=0)
-    bad = begins_with(rows.batch(7)[0, 1])
+    rows = make_batches()
+    bad = begins_with(rows.batch(7)["tokens"][0, 1])
     outcome = run(tmp_path, parts, before_step=bad, on_trouble="rewind")
     assert outcome.ended == "finished" and int(outcome.state.step) == 10 and int(outcome.state.skipped) == 0
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11)) and None not in [line["loss"] for line in lines]
     (line,) = read_metrics(tmp_path / "trouble.jsonl")
     assert (line["step"], line["to_step"], line["batch"]["step"], line["resume_data"]["step"]) == (8, 5, 7, 8)
-    np.testing.assert_array_equal(rows.batch(line["batch"]["step"]), rows.batch(7))  # it can be had again
+    assert line["batch"] == rows.state() | {"step": 7}  # it can be had again
     assert any("back to the checkpoint of step 5" in line for line in told)
     # The steps after 5 are those of a run whose batches go from the fifth to the ninth.
     skeleton, steps, state = parts
     for i in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12):
-        state, _ = steps["rewind"](state, bad(i, rows.batch(i)))
+        state, _ = steps["rewind"](state, {"tokens": bad(i, rows.batch(i)["tokens"])})
     assert same_bits(outcome.state, state)
 
 
 @pytest.mark.parametrize("at", [3, 8, 9])
 def test_a_run_that_went_back_resumes_as_if_it_had_not_been_stopped(tmp_path, parts, at):
     """Killed after the rewind and before the next checkpoint: the batch does not come again."""
-    bad = begins_with(batches(TOKENS, batch_size=4, sequence_length=8, seed=0).batch(2)[0, 1])
+    bad = begins_with(make_batches().batch(2)["tokens"][0, 1])
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     settings = {"on_trouble": "rewind", "checkpoint_every": 20, "steps": 12}
     straight = run(tmp_path / "a", parts, before_step=bad, **settings)
@@ -282,7 +302,7 @@ def test_an_evaluation_that_was_interrupted_is_made_on_resume(tmp_path, parts):
         if int(state.step) == 8:
             signal.raise_signal(signal.SIGTERM)
             return None  # as `mean_loss` does
-        return 1.0 + float(state.step)
+        return held_out(1.0 + float(state.step))
 
     outcome = run(tmp_path, parts, evaluate=interrupted)
     assert outcome.ended == "interrupted" and int(outcome.state.step) == 8
@@ -294,7 +314,7 @@ def test_an_evaluation_that_was_interrupted_is_made_on_resume(tmp_path, parts):
 def test_the_mean_loss_can_be_interrupted():
     seen = []
     step = lambda params, batch: (seen.append(batch), (batch, 2.0))[1]
-    assert mean_loss(step, None, [1.0, 3.0]) == 1.0
+    assert mean_loss(step, None, [1.0, 3.0]) == (1.0, 4.0)
     assert mean_loss(step, None, [1.0, 3.0, 5.0], stop=lambda: len(seen) == 4) is None
 
 
@@ -302,7 +322,7 @@ def test_the_best_and_every_third_checkpoint_stay(tmp_path, parts):
     losses = {2: 5.0, 4: 1.0, 6: 4.0, 8: 3.0, 10: 2.0}
     skeleton, steps, state = parts
     config = TrainingConfig(steps=10, eval_every=2, checkpoint_every=2)
-    rows = batches(TOKENS, batch_size=4, sequence_length=8, seed=0)
+    rows = make_batches()
     with (
         Checkpointer(tmp_path / "checkpoints", every=2, keep=1, keep_every=6, keep_best=2) as checkpointer,
         MetricsLog(tmp_path) as log,
@@ -314,7 +334,7 @@ def test_the_best_and_every_third_checkpoint_stay(tmp_path, parts):
             rows,
             config=config,
             skeleton=skeleton,
-            evaluate=lambda state: losses.get(int(state.step), 9.0),
+            evaluate=lambda state: held_out(losses.get(int(state.step), 9.0)),
             checkpointer=checkpointer,
             metrics_log=log,
             stop_request=request,
@@ -385,7 +405,7 @@ def test_samples_on_the_way_are_lines_of_their_own(tmp_path, parts):
         train(
             state,
             steps["skip"],
-            batches(TOKENS, batch_size=4, sequence_length=8, seed=0),
+            make_batches(),
             config=TrainingConfig(steps=6, sample_every=4),
             skeleton=skeleton,
             sample=lambda state: f"after {int(state.step)}",

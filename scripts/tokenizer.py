@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.tokenizer import tokenizer
+
+raise SystemExit(call(tokenizer))
