@@ -12,6 +12,7 @@ import jax
 import pytest
 
 _caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
+os.environ["REVJAX__MESH__DATA"] = "1"  # of commands: a run is on one device where nothing is said of more
 os.environ["XDG_CACHE_HOME"] = _caches.name
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of processes that tests start
 jax.config.update("jax_enable_compilation_cache", False)

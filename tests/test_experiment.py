@@ -29,6 +29,7 @@ def text(tmp_path_factory):
 def configure(text, folder, *settings) -> RunConfig:
     basic = [
         "--run.name=a",
+        "--mesh.data=1",
         f"--run.folder={folder}",
         f"--data.source={text}",
         "--data.sequence_length=32",

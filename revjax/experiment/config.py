@@ -11,11 +11,13 @@ from ..data import DataConfig
 from ..errors import ConfigError
 from ..generation import Sampling
 from ..models import DecoderConfig
+from ..sharding import MeshConfig
 from ..training import OptimizerConfig, TrainingConfig
 
 # What may change between two starts of one run: it does not change what the run computes.
 FREE = (
     "data.cache",
+    "mesh",
     "run",
     "training.keep_best",
     "training.keep_every",
@@ -71,6 +73,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     memory: MemoryConfig = MemoryConfig()
+    mesh: MeshConfig = MeshConfig()
 
     @property
     def tokens_per_step(self) -> int:

@@ -100,8 +100,12 @@ def _work(experiment: Experiment) -> Work:
         bytes_per_token=experiment.corpus.bytes_per_token,
         model_flops=tokens * flops_per_token(config.model, length),
         hardware_flops=tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
-        peak_flops=peak,  # a step runs on one device
+        peak_flops=peak and peak * _num_devices(experiment),
     )
+
+
+def _num_devices(experiment: Experiment) -> int:
+    return 1 if experiment.mesh is None else experiment.mesh.size
 
 
 def _refuse_stale(experiment: Experiment) -> None:

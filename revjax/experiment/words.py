@@ -25,7 +25,7 @@ def announce(experiment: Experiment) -> str:
     going_on = f" from step {start}" if start else ""
     device = jax.devices()[0]
     lines = {
-        "run": f"{config.run.name}{going_on}, on {jax.device_count()} x {device.device_kind} ({device.platform})",
+        "run": f"{config.run.name}{going_on}, on {_devices(experiment)} {device.device_kind} ({device.platform})",
         "versions": versions(),
         "model": f"{num_params(experiment.skeleton.abstract):,} parameters: {model.num_layers} layers, "
         f"d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
@@ -42,6 +42,11 @@ def announce(experiment: Experiment) -> str:
         "results": f"{experiment.folder.path}/",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def _devices(experiment: Experiment) -> str:
+    mesh = experiment.mesh
+    return "1 x" if mesh is None else f"{mesh.size} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}) x"
 
 
 def _texts(corpus: Corpus) -> str:

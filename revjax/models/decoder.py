@@ -10,6 +10,7 @@ stacks begin near the identity.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -198,6 +199,8 @@ class Decoder(nnx.Module):
     Args:
       config: its shape.
       plan: what the backward pass finds kept: "nothing", "inputs:K" or "all".
+      constrain, gather: for the streams, and for the parameters of a layer, where devices share them (see
+        `revjax.sharding.constrain_rows` and `gather_layer`).
       rngs: for the parameters.
 
     Example:
@@ -206,7 +209,15 @@ class Decoder(nnx.Module):
       (2, 16, 256)
     """
 
-    def __init__(self, config: DecoderConfig, *, plan: Plan = "nothing", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        plan: Plan = "nothing",
+        constrain: Callable[[jax.Array], jax.Array] | None = None,
+        gather: Callable[[PyTree], PyTree] | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         self.embedding = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
@@ -219,6 +230,8 @@ class Decoder(nnx.Module):
             plan=plan,
             exact=config.exact,
             fraction_bits=config.fraction_bits,
+            constrain=constrain,
+            gather=gather,
             rngs=rngs,
         )
         self.norm = make_norm(config, rngs=rngs)

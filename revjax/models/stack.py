@@ -60,6 +60,7 @@ class ReversibleStack(nnx.Module):
         another.
       plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one for each run.
       exact, fraction_bits, constrain: see `revjax.reversible_scan`.
+      gather: what one layer's parameters go through before they are used, such as `revjax.sharding.gather_layer(mesh)`.
       rngs: for the parameters. Each layer gets its own.
 
     Example:
@@ -83,6 +84,7 @@ class ReversibleStack(nnx.Module):
         exact: bool = True,
         fraction_bits: int = 16,
         constrain: Callable[[jax.Array], jax.Array] | None = None,
+        gather: Callable[[PyTree], PyTree] | None = None,
         rngs: nnx.Rngs,
     ):
         makers = tuple(make_block) if isinstance(make_block, Sequence) else (make_block,)
@@ -102,7 +104,7 @@ class ReversibleStack(nnx.Module):
         coupling = parse_coupling(coupling) if isinstance(coupling, str) else coupling
         self.coupling = nnx.static(RevNet() if coupling is None else coupling)
         self.plan, self.exact, self.fraction_bits = plan, exact, fraction_bits
-        self.constrain = nnx.static(constrain)
+        self.constrain, self.gather = nnx.static(constrain), nnx.static(gather)
         # One run of whole periods, and one for what remains; branches have a leading axis of repeats.
         keys = jax.random.split(rngs.params(), num_layers)
         repeats, rest = divmod(num_layers, len(makers))
@@ -192,7 +194,9 @@ class ReversibleStack(nnx.Module):
         runs, start = [], 0
         for i, (branches, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
             stop, period = start + len(branches) * length, len(branches)
-            fns, params_L, states_L = zip(*(branch_function(branch, **static) for branch in branches), strict=True)
+            fns, params_L, states_L = zip(
+                *(branch_function(branch, self.gather, **static) for branch in branches), strict=True
+            )
             keys_L = [None if keys_N is None else keys_N[start + j : stop : period] for j in range(period)]
             side_L = tuple(zip(states_L, keys_L, strict=True))
             runs.append(Run(fns, params_L, side_L, None if cache is None else tuple(cache[i]), length=length))
@@ -234,7 +238,9 @@ def _as_branches(block) -> list[nnx.Module]:
     return branches
 
 
-def branch_function(branch: nnx.Module, **static: bool | str) -> tuple[Callable, PyTree, PyTree]:
+def branch_function(
+    branch: nnx.Module, gather: Callable[[PyTree], PyTree] | None = None, /, **static: bool | str
+) -> tuple[Callable, PyTree, PyTree]:
     """A pure f, its stacked parameters, and its other variables (constants: f may read them, not write them).
 
     `static` are keywords that are no arrays (`deterministic=True`).
@@ -244,6 +250,7 @@ def branch_function(branch: nnx.Module, **static: bool | str) -> tuple[Callable,
 
     def f(params, x, side=None, shared=None, context=None, tape=None, cache=None):
         state, key = (state_L, None) if side is None else side  # no leaves: nothing was passed
+        params = params if gather is None else gather(params)
         module = nnx.merge(graphdef, params, state, copy=True)
         given = dict(shared or {}, **static, key=key, context=context, tape=tape, cache=cache)
         given = {k: v for k, v in given.items() if v is not None and (k in keywords or ... in keywords)}
