@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 from revjax import cli, experiment
 from revjax.checkpoint import Checkpointer
@@ -406,3 +407,65 @@ def test_other_data_goes_on_where_that_is_allowed(finished, text, tmp_path):
         experiment.build(config)
     ready = experiment.build(config, allow_change=["data.source", "training.steps"])
     assert ready.start_step == ready.batches.step == 10
+
+
+def test_a_run_begins_with_the_parameters_of_another(finished, text, tmp_path):
+    begin = f"--training.start_from={finished[0].run.path}"
+    ready = experiment.build(configure(text, tmp_path, begin, "--training.seed=1"))
+    theirs = finished[2].outcome.state.params
+    assert ready.start_step == 0
+    assert all(map(np.array_equal, jax.tree.leaves(ready.state.params), jax.tree.leaves(theirs)))
+    experiment.run(ready)
+    first = read_metrics(tmp_path / "a" / "metrics.jsonl")[0]["loss"]
+    last = read_metrics(finished[0].run.path / "metrics.jsonl")[-1]["loss"]
+    assert abs(first - last) < 0.5 * last
+    gone = configure(text, tmp_path, f"--training.start_from={tmp_path / 'gone'}", "--training.seed=1")
+    allowed = ["training.start_from"]
+    assert experiment.build(gone, allow_change=allowed).start_step == 10  # a run under way does not need it any more
+    for settings, message in (
+        (["--model.d_model=16"], "has another shape: .* is .* and here"),
+        (["--training.start_from=nowhere"], "There is no run in nowhere"),
+    ):
+        with pytest.raises((ConfigError, RunFolderError), match=message):
+            experiment.build(configure(text, tmp_path / "other", begin, *settings))
+
+
+def test_parameters_are_exported_as_safetensors(finished, tmp_path, capsys):
+    folder, state = finished[0].run.path, finished[2].outcome.state
+    assert cli.main(["export", str(folder), f"--output={tmp_path / 'm.safetensors'}"]) == 0
+    assert (
+        f"m.safetensors: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters" in capsys.readouterr().out
+    )
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["config"])["model"]["d_model"] == 32
+        names = set(file.keys())
+        query = file.get_tensor("stack.runs.0.0.attention.query.kernel")
+    assert len(names) == len(jax.tree.leaves(state.params)) and "embedding.table" in names
+    np.testing.assert_array_equal(query, state.params["stack"]["runs"]["0"]["0"]["attention"]["query"]["kernel"])
+    for output, message in ((tmp_path / "m.safetensors", "is there already"), (tmp_path / "no" / "m", "Cannot write")):
+        with pytest.raises(CheckpointError, match=message):
+            experiment.export(folder, output)
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors"}
+
+
+def test_curves_go_to_tensorboard_and_are_written_once(finished, text, tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    config = configure(text, tmp_path, "--training.tensorboard=true")
+    experiment.run(experiment.build(config))
+    seen = {}
+    for path in sorted((tmp_path / "a" / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # length, checksum, event, checksum
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in seen
+                seen[value.tag, event.step] = value.simple_value
+    lines = {name: read_metrics(tmp_path / "a" / f"{name}.jsonl") for name in ("metrics", "validation")}
+    for line in lines["metrics"]:
+        assert seen["train/loss", line["step"]] == pytest.approx(line["loss"])
+    for line in lines["validation"]:
+        assert seen["validation/bits_per_byte", line["step"]] == pytest.approx(line["bits_per_byte"])
+    assert ("train/canary", 10) in seen and ("train/time", 1) not in seen

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a language model from a config file",
     "generate": "continue a text with a trained model",
     "evaluate": "the loss of a trained model on any text",
+    "export": "the parameters of a run as safetensors",
     "tokenizer": "train a tokenizer on your own text",
     "runs": "runs side by side: a table, and a plot of their losses",
     "check": "prove on this machine that a model's gradients are right to the bit",

@@ -20,6 +20,7 @@ from .run import run as run
 from .samples import sample_text as sample_text
 from .samples import stream_text as stream_text
 from .trained import TrainedRun as TrainedRun
+from .trained import export as export
 from .trained import load_run as load_run
 from .versions import versions as versions
 from .words import announce as announce

@@ -32,6 +32,7 @@ from ..training import (
 )
 from ..training.state import Nested
 from .config import FREE, RunConfig
+from .trained import load_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,8 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     make_model = lambda: Decoder(config.model, plan=config.memory.plan, **sharing, rngs=nnx.Rngs(param_key))
     skeleton, params = split(nnx.eval_shape(make_model) if dry else make_model())
     training = config.training
+    if training.start_from is not None and not dry and Checkpointer(folder.checkpoints).latest_step() is None:
+        params = _parameters_of(training.start_from, params, corpus)
     schedule = make_schedule(config.optimizer, training.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     start = functools.partial(
@@ -127,6 +130,26 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
     evaluate = lambda params, batch: eval_step(params, _dealt(batch, mesh))
     return Experiment(config, folder, corpus, rows, skeleton, state, compiled, mesh, evaluate, damaged)
+
+
+def _parameters_of(folder: str, like: Nested, corpus: Corpus) -> Nested:
+    """The parameters of the run in `folder`, for a model whose own are as `like`."""
+    run = load_run(folder)
+    if run.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+        raise ConfigError(
+            f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={run.data.tokenizer}"
+        )
+    _, params = split(run.model)
+    shapes = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.flatten_with_path(tree)[0]}
+    ours, theirs = shapes(like), shapes(params)
+    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if different:
+        there, here = (shapes.get(different[0], "not there") for shapes in (theirs, ours))
+        raise ConfigError(
+            f"The model of {folder} (training.start_from) has another shape: {different[0]} is {there}, "
+            f"and here {here}. Take the model section of {folder}/config.yaml."
+        )
+    return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
 
 
 def _tiled_for(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:

@@ -27,6 +27,7 @@ FREE = (
     "training.peak_flops",
     "training.sample_every",
     "training.stall_after_s",
+    "training.tensorboard",
     "training.sample_prompt",
     "training.sample_temperature",
     "training.sample_tokens",

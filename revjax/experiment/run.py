@@ -13,7 +13,7 @@ from ..errors import RunFolderError
 from ..logging import get_logger
 from ..memory import peak_flops
 from ..models import flops_per_token, hardware_flops_per_token
-from ..training import MetricsLog, Outcome, StopRequest, Work, plot_losses, train
+from ..training import MetricsLog, Outcome, StopRequest, TensorBoard, Work, plot_losses, train
 from .build import Experiment
 from .config import RunConfig, SampleConfig
 from .evaluation import losses
@@ -62,7 +62,9 @@ def run(experiment: Experiment) -> Result:
                 keep_every=config.training.keep_every,
                 keep_best=config.training.keep_best,
             ) as checkpointer,
-            MetricsLog(folder.path, start_step=experiment.start_step) as metrics_log,
+            MetricsLog(
+                folder.path, start_step=experiment.start_step, tensorboard=_tensorboard(experiment)
+            ) as metrics_log,
         ):
             for step, error in experiment.damaged.items():
                 where = checkpointer.set_aside(step)
@@ -106,6 +108,12 @@ def _work(experiment: Experiment) -> Work:
 
 def _num_devices(experiment: Experiment) -> int:
     return 1 if experiment.mesh is None else experiment.mesh.size
+
+
+def _tensorboard(experiment: Experiment) -> TensorBoard | None:
+    if not experiment.config.training.tensorboard:
+        return None
+    return TensorBoard(experiment.folder.path / "tensorboard", start_step=experiment.start_step)
 
 
 def _refuse_stale(experiment: Experiment) -> None:

@@ -1,12 +1,16 @@
 """What a run left, to be used."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import typing
 
 import jax
+import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from ..checkpoint import Checkpointer
 from ..data import DataConfig, Tokenizer, load_tokenizer
@@ -42,6 +46,32 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
     return TrainedRun(config, data, model, load_tokenizer(data))
+
+
+def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
+    """Writes the parameters of the run in `folder` as safetensors; returns how many numbers these are.
+
+    Tensors have the names of the checkpoint, joined by dots: stack.runs.0.0.attention.query.kernel, whose first axis
+    counts layers. The file's metadata has the configuration, as JSON. Raises a `RevjaxError` where there is nothing to
+    export, and where `output` is there already or cannot be written.
+    """
+    output = pathlib.Path(output).expanduser()
+    if output.exists():
+        raise CheckpointError(f"{output} is there already. Delete it, or set --output to another place.")
+    run = load_run(folder)
+    _, params = split(run.model)
+    tensors = {
+        ".".join(str(getattr(k, "key", k)) for k in path): np.asarray(x)
+        for path, x in jax.tree.flatten_with_path(params)[0]
+    }
+    temporary = output.with_name(f"{output.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"config": json.dumps(dataclasses.asdict(run.config))})
+        os.replace(temporary, output)
+    except (OSError, SafetensorError) as e:  # a full disk comes as either
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"Cannot write {output}: {e}. Set --output to another place.") from None
+    return sum(x.size for x in tensors.values())
 
 
 def _load_model(folder: pathlib.Path, config: RunConfig) -> Decoder:

@@ -20,7 +20,9 @@ def announce(experiment: Experiment) -> str:
     tokens_per_step = data.batch_size * data.sequence_length
     tokens = (steps - start) * tokens_per_step
     flops = tokens * flops_per_token(model, data.sequence_length)
-    needed = activation_memory(model, data.batch_size, data.sequence_length, plan=config.memory.plan)
+    needed = activation_memory(
+        model, data.batch_size // config.memory.accumulation, data.sequence_length, plan=config.memory.plan
+    )
     reversible, checkpoint, stored = (_bytes(needed[how]) for how in ("reversible", "checkpoint", "stored"))
     going_on = f" from step {start}" if start else ""
     device = jax.devices()[0]

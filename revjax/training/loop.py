@@ -33,6 +33,7 @@ class TrainingConfig:
     steps: int = 1000
     tokens: int | None = None  # instead of steps: how many to train on
     epochs: float | None = None  # instead of steps: how often to see the whole text
+    start_from: str | None = None  # folder of a run whose parameters this one begins with; null: random ones
     seed: int = 0  # of parameters, batches and dropout
     eval_every: int = 100  # steps between two looks at the held-out text
     eval_batches: int = 8  # batches of such a look, always the same ones
@@ -50,6 +51,7 @@ class TrainingConfig:
         300.0  # seconds without a step, a batch or a save, after which a warning says what is awaited
     )
     peak_flops: float | None = None  # a second, of one device, for mfu; null is the maker's figure, where it is known
+    tensorboard: bool = False  # write curves to tensorboard/ in the run's folder, besides the .jsonl files
     sample_every: int | None = None  # steps between two samples on the way; null: only at the end
     sample_prompt: str = "def "  # what the sample at the end continues; "" writes none
     sample_tokens: int = 300

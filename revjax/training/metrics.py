@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from ..logging import get_logger
+from .tensorboard import TensorBoard
 
 LOGS = ("metrics", "validation", "samples", "trouble")
 
@@ -28,9 +29,11 @@ class MetricsLog:
     Args:
       folder: an existing folder.
       start_step: lines after this step are dropped first: a resumed run writes them again.
+      tensorboard: gets what steps and evaluations give as well, and is closed with the files.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, start_step: int = 0):
+    def __init__(self, folder: str | os.PathLike, *, start_step: int = 0, tensorboard: TensorBoard | None = None):
+        self.tensorboard = tensorboard
         self.folder = pathlib.Path(folder)
         self._files = {name: _Lines(self.folder / f"{name}.jsonl") for name in LOGS}
         self.go_back(start_step)
@@ -38,10 +41,16 @@ class MetricsLog:
     def step(self, **numbers: Any) -> None:
         """Writes a line of metrics.jsonl: what became of one training step."""
         self._files["metrics"].append(numbers)
+        self._draw("train", numbers)
 
     def validation(self, **numbers: Any) -> None:
         """Writes a line of validation.jsonl."""
         self._files["validation"].append(numbers)
+        self._draw("validation", numbers)
+
+    def _draw(self, kind: str, numbers: dict[str, Any]) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.write(kind, {name: _plain(x) for name, x in numbers.items()})
 
     def sample(self, **fields: Any) -> None:
         """Writes a line of samples.jsonl."""
@@ -63,6 +72,8 @@ class MetricsLog:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def __enter__(self):
         return self
