@@ -5,19 +5,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from ..checkpoint import Checkpointer
-from ..data import Batch, Batches, Corpus, load_corpus, load_tokenizer
+from ..data import Batches, Corpus, load_corpus, load_tokenizer
 from ..errors import ConfigError, DamagedCheckpointError, DataError
 from ..generation.decode import check_prompt
-from ..models import CheckReport, Decoder, DecoderConfig, check
-from ..sharding import constrain_rows, gather_layer, make_mesh, shard_batch, state_shardings
+from ..models import CheckReport, Decoder, check
 from ..training import (
     RunFolder,
     Skeleton,
@@ -30,9 +28,9 @@ from ..training import (
     rewinds_to,
     split,
 )
-from ..training.state import Nested
 from .config import FREE, RunConfig
-from .trained import load_run
+from .devices import Devices
+from .trained import parameters_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Experiment:
     skeleton: Skeleton
     state: TrainState
     train_step: Any  # compiled: (state, batch) -> (state, metrics)
-    mesh: Mesh | None  # None where there is one device
+    devices: Devices
     eval_step: Any  # (params, batch) -> (sum of losses, sum of weights)
     damaged: dict[int, DamagedCheckpointError]  # checkpoints later than the one that the run continues from
 
@@ -81,11 +79,12 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
       allow_change: names of fields in which a run that was begun may go on with other values.
 
-    Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes
-    nothing but the cache of tokenised text.
+    Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing but the
+    cache of tokenised text.
     """
     if config.training.epochs is None:  # or the number of steps is not known yet
         RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)  # before any work
+    devices = Devices.of(config)
     corpus = load_text(config)
     rows = Batches(
         corpus,
@@ -97,13 +96,13 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     config = config.for_epochs_of(rows.rows_per_epoch)
     folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
     param_key, step_key = jax.random.split(jax.random.key(config.training.seed))
-    mesh = _mesh(config)
-    sharing = {} if mesh is None else {"constrain": constrain_rows(mesh), "gather": gather_layer(mesh)}
-    make_model = lambda: Decoder(config.model, plan=config.memory.plan, **sharing, rngs=nnx.Rngs(param_key))
+    make_model = lambda: Decoder(
+        devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
+    )
     skeleton, params = split(nnx.eval_shape(make_model) if dry else make_model())
     training = config.training
     if training.start_from is not None and not dry and Checkpointer(folder.checkpoints).latest_step() is None:
-        params = _parameters_of(training.start_from, params, corpus)
+        params = parameters_of(training.start_from, params, corpus.tokenizer)
     schedule = make_schedule(config.optimizer, training.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     start = functools.partial(
@@ -114,8 +113,9 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         loss_scale=config.model.dtype == "float16",
         spikes=training.spike_sigmas is not None,
     )
-    begin = functools.partial(_on_mesh, start, mesh)
-    state, damaged = (begin(params, dry=True), {}) if dry else _latest(begin(params), folder, rows)
+    state, damaged = devices.begin(start, params, dry=dry), {}
+    if not dry:
+        state, damaged = _latest(state, folder, rows)
     step = make_train_step(
         skeleton,
         functools.partial(next_token_loss, z_loss=training.z_loss),
@@ -126,75 +126,10 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         ema_decay=training.ema_decay,
         spike_sigmas=training.spike_sigmas,
     )
-    compiled = _jit_step(step, state, mesh).lower(state, _dealt(rows.batch(0), mesh)).compile()
+    compiled = devices.jit(step, state).lower(state, devices.deal(rows.batch(0))).compile()
     eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
-    evaluate = lambda params, batch: eval_step(params, _dealt(batch, mesh))
-    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, mesh, evaluate, damaged)
-
-
-def _parameters_of(folder: str, like: Nested, corpus: Corpus) -> Nested:
-    """The parameters of the run in `folder`, for a model whose own are as `like`."""
-    run = load_run(folder)
-    if run.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
-        raise ConfigError(
-            f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={run.data.tokenizer}"
-        )
-    _, params = split(run.model)
-    shapes = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.flatten_with_path(tree)[0]}
-    ours, theirs = shapes(like), shapes(params)
-    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-    if different:
-        there, here = (shapes.get(different[0], "not there") for shapes in (theirs, ours))
-        raise ConfigError(
-            f"The model of {folder} (training.start_from) has another shape: {different[0]} is {there}, "
-            f"and here {here}. Take the model section of {folder}/config.yaml."
-        )
-    return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
-
-
-def _tiled_for(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
-    """A tile of the loss is of so many tokens on each device: after each, the head's gradient is summed over all."""
-    return dataclasses.replace(model, loss_tile=model.loss_tile * mesh.size)
-
-
-def _mesh(config: RunConfig) -> Mesh | None:
-    """None for one device: then nothing is said of where arrays live."""
-    try:
-        mesh = make_mesh(config.mesh)
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
-    rows = config.data.batch_size // config.memory.accumulation
-    if rows % mesh.size:
-        raise ConfigError(
-            f"{mesh.size} devices share the {rows} rows of a micro-batch, which they must divide (data.batch_size by "
-            f"memory.accumulation). Set --data.batch_size={mesh.size * config.memory.accumulation}, or --mesh.data=1 "
-            "--mesh.fsdp=1 for one device."
-        )
-    return mesh if mesh.size > 1 else None
-
-
-def _on_mesh(
-    start: Callable[[Nested], TrainState], mesh: Mesh | None, params: Nested, *, dry: bool = False
-) -> TrainState:
-    if mesh is None:
-        return jax.eval_shape(start, params) if dry else start(params)
-    if not dry:  # moments are made where their parameters are
-        params = jax.device_put(params, state_shardings(params, mesh))
-    state = jax.eval_shape(start, params) if dry else start(params)
-    shardings = state_shardings(state, mesh)
-    if dry:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    return jax.device_put(state, shardings)
-
-
-def _jit_step(step: Callable, state: TrainState, mesh: Mesh | None) -> Any:
-    if mesh is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(state, mesh), None))
-
-
-def _dealt(batch: Batch, mesh: Mesh | None) -> Any:
-    return batch if mesh is None else shard_batch(batch, mesh)
+    evaluate = lambda params, batch: eval_step(params, devices.deal(batch))
+    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, devices, evaluate, damaged)
 
 
 def load_text(config: RunConfig) -> Corpus:

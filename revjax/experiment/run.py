@@ -102,12 +102,8 @@ def _work(experiment: Experiment) -> Work:
         bytes_per_token=experiment.corpus.bytes_per_token,
         model_flops=tokens * flops_per_token(config.model, length),
         hardware_flops=tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
-        peak_flops=peak and peak * _num_devices(experiment),
+        peak_flops=peak and peak * experiment.devices.count,
     )
-
-
-def _num_devices(experiment: Experiment) -> int:
-    return 1 if experiment.mesh is None else experiment.mesh.size
 
 
 def _tensorboard(experiment: Experiment) -> TensorBoard | None:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import typing
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ..checkpoint import Checkpointer
 from ..data import DataConfig, Tokenizer, load_tokenizer
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
 from ..models import Decoder
 from ..training import split
@@ -46,6 +47,32 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
     return TrainedRun(config, data, model, load_tokenizer(data))
+
+
+def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The parameters of the run in `folder`, for a model whose own are as `like` and which reads `tokenizer`'s tokens.
+
+    Raises a `RevjaxError` where there are none, or they are not for such a model.
+    """
+    run = load_run(folder)
+    if run.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={run.data.tokenizer}"
+        )
+    _, params = split(run.model)
+    ours, theirs = _shapes(like), _shapes(params)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"The model of {folder} (training.start_from) has another shape: {name} is "
+                f"{theirs.get(name, 'not there')}, and here {ours.get(name, 'not there')}. Take the model section of "
+                f"{folder}/config.yaml."
+            )
+    return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.flatten_with_path(tree)[0]}
 
 
 def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
@@ -82,8 +109,7 @@ def _load_model(folder: pathlib.Path, config: RunConfig) -> Decoder:
         get_logger(__name__).warning("%s An older one is used here.", error)
     _, params = split(abstract)
     trained = nested.get("ema", nested["params"])
-    described = lambda tree: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.flatten_with_path(tree)[0]}
-    if described(params) != described(trained):
+    if _shapes(params) != _shapes(trained):
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
     skeleton, _ = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     cast = lambda like, x: jax.numpy.asarray(x, like.dtype)

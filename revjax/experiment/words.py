@@ -47,7 +47,7 @@ def announce(experiment: Experiment) -> str:
 
 
 def _devices(experiment: Experiment) -> str:
-    mesh = experiment.mesh
+    mesh = experiment.devices.mesh
     return "1 x" if mesh is None else f"{mesh.size} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}) x"
 
 

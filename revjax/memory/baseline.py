@@ -23,11 +23,22 @@ def residual_stack(model: Decoder, x: jax.Array, *, remat: bool = True) -> jax.A
 
         def layer(x, params, graphdef=graphdef):
             for branch in nnx.merge(graphdef, params):
-                x = x + branch(x).astype(x.dtype)
+                x = x + _by_chunks(branch, x).astype(x.dtype)
             return x, None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params_L)
     return x
+
+
+def _by_chunks(branch: nnx.Module, x_BTD: jax.Array) -> jax.Array:
+    """The branch on so many tokens at a time as it asks for (`mlp_chunk`), so that the rival saves that memory too."""
+    chunk, length = getattr(branch, "chunk_tokens", None), x_BTD.shape[1]
+    if not chunk or chunk >= length:
+        return branch(x_BTD)  # pyright: ignore[reportCallIssue]
+    padded = jnp.pad(x_BTD, ((0, 0), (0, -length % chunk), (0, 0)))
+    chunks = padded.reshape(padded.shape[0], -1, chunk, padded.shape[2]).swapaxes(0, 1)
+    y = jax.lax.map(jax.checkpoint(lambda x: branch(x)), chunks).swapaxes(0, 1)  # pyright: ignore[reportCallIssue]
+    return y.reshape(padded.shape)[:, :length]
 
 
 def residual_loss(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, *, remat: bool = True) -> jax.Array:
