@@ -194,7 +194,7 @@ def _forward(spec, q, k, v, side):
 
     rows = q_I.shape[:-1]
     start = (jnp.full(rows, _LOWEST, fp), jnp.zeros(rows, fp), jnp.zeros((*rows, v.shape[3]), fp))
-    m, l, acc = _loop(pair, start, tiling.pairs())
+    m, l, acc = _loop(pair, start, tiling.pairs(), q)
 
     empty = l == 0
     l = jnp.where(empty, 1, l)
@@ -229,17 +229,20 @@ def _backward(spec, q, k, v, o, lse, side, do, dlse):
         return (dqT, dk, dv), None
 
     start = tuple(jnp.zeros(x.shape, fp) for x in (qT_I, k_J, v_J))
-    dqT, dk, dv = _loop(pair, start, tiling.pairs())
+    dqT, dk, dv = _loop(pair, start, tiling.pairs(), q)
     dq = join_blocks(rounded(spec.scale * dqT.swapaxes(-1, -2), q.dtype), q.shape[1], tiling.block_q)
     dk = join_blocks(rounded(spec.scale * dk, k.dtype), k.shape[1], tiling.block_k)
     dv = join_blocks(rounded(dv, v.dtype), v.shape[1], tiling.block_k)
     return dq, dk, dv
 
 
-def _loop(pair, start, pairs):
+def _loop(pair, start, pairs, q):
     """Runs `pair` over all (i, j); a single one without a loop, which XLA compiles better."""
     if len(pairs) == 1:
         return pair(start, tuple(int(n) for n in pairs[0]))[0]
+    # Masks depend on i and j alone. Without the barrier jax.checkpoint would take them all out of the loop and keep
+    # them for the backward pass, T * S / 2 bytes: to it, they are known before q is.
+    pairs, _ = jax.lax.optimization_barrier((jnp.asarray(pairs), q))
     return jax.lax.scan(pair, start, (pairs[:, 0], pairs[:, 1]))[0]
 
 

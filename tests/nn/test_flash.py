@@ -204,6 +204,15 @@ def test_memory_of_the_gradient_is_linear_in_length():
     assert long < 4 * 16384 * 4 * 32 * 40  # bytes per element of q: far from 16384**2
 
 
+def test_checkpointed_layers_keep_no_masks():
+    """jax.checkpoint keeps what does not depend on a layer's input: masks of all pairs of blocks would be T * S / 2."""
+    plain = functools.partial(flash_attention, causal=True, block_q=64, block_k=64)
+    layer = jax.checkpoint(lambda x, _: (x + plain(x, x, x), None))
+    layers = lambda q, k, v: jax.lax.scan(layer, q + k + v, None, length=2)[0]
+    short, long = (flash_gradient_bytes(layers, length) for length in (1024, 4096))
+    assert long < 4.2 * short
+
+
 def test_the_memory_test_can_fail():
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
     short, middle, long = (flash_gradient_bytes(attend, n) for n in (4096, 8192, 16384))
