@@ -11,6 +11,7 @@ import time
 import pytest
 
 from revjax import cli, experiment
+from revjax.config import load
 from revjax.data import FileTokenizer
 from revjax.models import CheckReport
 
@@ -146,7 +147,11 @@ def test_check_tells_by_its_exit_code(capsys, monkeypatch, faults, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_model_of_every_config_passes_its_check(capsys, config):
-    assert cli.main(["check", str(config)]) == 0
+    """A large one, made narrow and shallow: a billion parameters do not fit a test."""
+    is_large = load(experiment.RunConfig, config, environ={}).model.d_model > 256
+    sizes = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128, "vocab_size": 256}
+    narrow = [f"--model.{name}={size}" for name, size in sizes.items()] if is_large else []
+    assert cli.main(["check", str(config), *narrow]) == 0
     assert "verdict: exact; safe to train" in capsys.readouterr().out
 
 
