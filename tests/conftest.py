@@ -4,6 +4,7 @@ Eight CPU devices let a sharding test run where it stands. They cost a test on o
 7.2 s for the reconstruction tests of 96 layers, on two cores), and neither did one thread per operation gain any.
 """
 
+import atexit
 import logging
 import os
 import tempfile
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 _caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
+atexit.register(_caches.cleanup)
 os.environ["REVJAX__MESH__DATA"] = "1"  # of commands: a run is on one device where nothing is said of more
 os.environ["XDG_CACHE_HOME"] = _caches.name
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of processes that tests start
