@@ -182,6 +182,7 @@ def test_text_that_has_changed_is_refused_on_resume(finished, text):
     try:
         with pytest.raises(DataError, match="The data is not what the run was started with: text was .* and is"):
             experiment.build(finished[0])
+        assert experiment.build(finished[0], allow_change=["data.source"]).batches.step == 10
     finally:
         text.write_text(before)
 

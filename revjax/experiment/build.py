@@ -115,7 +115,8 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     )
     state, damaged = devices.begin(start, params, dry=dry), {}
     if not dry:
-        state, damaged = _latest(state, folder, rows)
+        other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
+        state, damaged = _latest(state, folder, rows, other_data)
     step = make_train_step(
         skeleton,
         functools.partial(next_token_loss, z_loss=training.z_loss),
@@ -149,7 +150,7 @@ def load_text(config: RunConfig) -> Corpus:
     return load_corpus(config.data, tokenizer)
 
 
-def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> tuple[TrainState, dict]:
+def _latest(state: TrainState, folder: RunFolder, rows: Batches, other_data: bool) -> tuple[TrainState, dict]:
     """The state of the latest checkpoint that is whole, to which `rows` are moved, and what is wrong with later ones.
 
     Without a checkpoint, `state` itself.
@@ -159,8 +160,7 @@ def _latest(state: TrainState, folder: RunFolder, rows: Batches) -> tuple[TrainS
             return state, {}
         nested, meta, damaged = checkpointer.restore_latest(state.as_dict())
     rewinds = rewinds_to(folder.path, meta["step"])  # without the batches that sent training back to this step
-    is_other_data = any(name.startswith("data.") or name == "training.seed" for name in folder.changed)
-    rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"], allow_change=is_other_data)
+    rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"], allow_change=other_data)
     return state.from_dict(nested), damaged
 
 
