@@ -287,6 +287,48 @@ def test_a_text_ends_where_it_is_told_to(text, stop, expected):
     )
 
 
+def test_many_prompts_are_continued_in_batches_as_each_alone(finished):
+    run = experiment.load_run(finished[0].run.path)
+    options = experiment.SampleConfig(max_new_tokens=30, temperature=0, batch_size=2, stop=("\n",))
+    prompts = ["12 squared", "", "1", "1999 squared is ", "12 squared"]
+    texts = list(experiment.sample_texts(run.model, run.tokenizer, prompts, options))
+    alone = lambda prompt: "".join(
+        experiment.stream_text(run.model, run.tokenizer, dataclasses.replace(options, prompt=prompt))
+    )
+    assert texts == [(prompt, alone(prompt)) for prompt in prompts] and texts[0] == texts[4]
+    assert all("\n" not in text for _, text in texts)
+
+
+def test_the_same_prompts_are_continued_differently_where_draws_are_made(finished):
+    run = experiment.load_run(finished[0].run.path)
+    options = experiment.SampleConfig(max_new_tokens=30, temperature=2, batch_size=2)
+    texts = [text for _, text in experiment.sample_texts(run.model, run.tokenizer, ["1"] * 4, options)]
+    assert len(set(texts)) == 4
+    assert texts == [text for _, text in experiment.sample_texts(run.model, run.tokenizer, ["1"] * 4, options)]
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("a.txt", b"one\n\n two \n", ["one", " two "]),
+        ("a.jsonl", b'{"prompt": "one\\ntwo"}\n{"prompt": ""}\n', ["one\ntwo", ""]),
+        ("a.txt", b"\n", "has no prompts: write one a line"),
+        ("a.txt", b"\xff", "it is not UTF-8"),
+        ("b.txt", None, "Cannot read .*b.txt .--prompts.: No such file"),
+        ("a.jsonl", b'{"prompt": "one"}\n{"text": "two"}\n', "a.jsonl:2 must be an object with the text of a prompt"),
+        ("a.jsonl", b"one\n", "a.jsonl:1 is not JSON"),
+    ],
+)
+def test_prompts_are_lines_or_fields(tmp_path, name, text, expected):
+    if text is not None:
+        (tmp_path / name).write_bytes(text)
+    if isinstance(expected, list):
+        assert experiment.read_prompts(tmp_path / name) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            experiment.read_prompts(tmp_path / name)
+
+
 def test_an_empty_prompt_begins_a_file(finished):
     run = experiment.load_run(finished[0].run.path)
     assert (
@@ -449,14 +491,12 @@ def test_parameters_are_exported_as_safetensors(finished, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors"}
 
 
-def test_curves_go_to_tensorboard_and_are_written_once(finished, text, tmp_path):
-    pytest.importorskip("tensorboardX")
+def tensorboard_values(folder):
+    """{(name, step): value} of event files; a value that is there twice fails."""
     from tensorboardX.proto.event_pb2 import Event
 
-    config = configure(text, tmp_path, "--training.tensorboard=true")
-    experiment.run(experiment.build(config))
     seen = {}
-    for path in sorted((tmp_path / "a" / "tensorboard").iterdir()):
+    for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:  # length, checksum, event, checksum
             size = int.from_bytes(data[:8], "little")
@@ -464,9 +504,75 @@ def test_curves_go_to_tensorboard_and_are_written_once(finished, text, tmp_path)
             for value in event.summary.value:
                 assert (value.tag, event.step) not in seen
                 seen[value.tag, event.step] = value.simple_value
-    lines = {name: read_metrics(tmp_path / "a" / f"{name}.jsonl") for name in ("metrics", "validation")}
-    for line in lines["metrics"]:
+    return seen
+
+
+def wandb_values(folder):
+    """The same of what wandb keeps until it is sent."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    seen = {}
+    for path in sorted(folder.glob("offline-run-*/*.wandb")):
+        data, place, record = path.read_bytes(), 7, b""  # after the file's header
+        while place < len(data):  # blocks of 32 KiB; checksum, length, what part of a record it is, the part
+            if 2**15 - place % 2**15 < 7:
+                place += 2**15 - place % 2**15
+            size, part = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+            record += data[place + 7 : place + 7 + size]
+            place += 7 + size
+            if part in (1, 4):  # all of it, or its last part
+                items = {
+                    item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+                    for item in Record.FromString(record).history.item
+                }
+                record = b""
+                for name, value in items.items():
+                    if "/" not in name:  # step, and what wandb adds
+                        continue
+                    assert (name, items["step"]) not in seen
+                    seen[name, items["step"]] = value
+    return seen
+
+
+@pytest.fixture(scope="module")
+def tracked(text, tmp_path_factory):
+    """The folder of a run with both trackers that was stopped after 5 steps, and went on to 10."""
+    pytest.importorskip("tensorboardX")
+    wandb = pytest.importorskip("wandb")
+    folder = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for steps in (5, 10):
+            settings = ["--training.tensorboard=true", "--training.wandb=revjax", f"--training.steps={steps}"]
+            config = configure(text, folder, *settings)
+            experiment.run(experiment.build(config, allow_change=["training.steps"]))
+    wandb.teardown()  # or it remembers its mode
+    return folder / "a"
+
+
+@pytest.mark.parametrize("place, values", [("tensorboard", tensorboard_values), ("wandb", wandb_values)])
+def test_trackers_get_each_number_once(tracked, place, values):
+    seen = values(tracked / place)
+    for line in read_metrics(tracked / "metrics.jsonl"):
         assert seen["train/loss", line["step"]] == pytest.approx(line["loss"])
-    for line in lines["validation"]:
+    for line in read_metrics(tracked / "validation.jsonl"):
         assert seen["validation/bits_per_byte", line["step"]] == pytest.approx(line["bits_per_byte"])
+    assert {step for name, step in seen if name == "train/loss"} == set(range(1, 11))
     assert ("train/canary", 10) in seen and ("train/time", 1) not in seen
+
+
+def test_a_run_that_goes_on_is_one_run_of_weights_and_biases(tracked):
+    _, meta = Checkpointer(tracked / "checkpoints").restore()
+    runs = [path.name for path in (tracked / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and all(name.endswith(f"-{meta['run_id']}") for name in runs)
+
+
+def test_weights_and_biases_without_a_login_says_what_to_type(text, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "online"), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "no"))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = configure(text, tmp_path, "--training.wandb=revjax")
+    with pytest.raises(ConfigError, match="training.wandb: .*wandb login.* Or set WANDB_MODE=offline"):
+        experiment.run(experiment.build(config))
+    assert not (tmp_path / "a").exists()

@@ -1,21 +1,32 @@
-"""`revjax generate runs/NAME [--prompt="def "] [--temperature=0.7] ...`."""
+"""`revjax generate runs/NAME [--prompt="def " | --prompts=FILE] [--temperature=0.7] ...`."""
+
+import json
 
 from .. import experiment
 from ..config import help_text, load
 from .words import leading_names, one_name, take
 
-USAGE = "revjax generate runs/NAME [--prompt='def '] [--temperature=0.7] [--max_new_tokens=300]"
+USAGE = "revjax generate runs/NAME [--prompt='def ' | --prompts=FILE] [--temperature=0.7] [--max_new_tokens=300]"
+DESCRIPTION = f"""{USAGE}
+
+Prints what the model of a run makes of a prompt, as it comes; of a file of prompts, one JSON object a line, with
+"prompt" and "text"."""
 
 
 def generate(argv: list[str]) -> int:
-    """Prints a text that the model of a run makes of a prompt, as it comes; returns the exit code."""
+    """Prints what the model of a run makes of one prompt or of many; returns the exit code."""
     names, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(help_text(experiment.SampleConfig, prog="revjax generate", description=USAGE))
+        print(help_text(experiment.SampleConfig, prog="revjax generate", description=DESCRIPTION))
         return 0
     options = load(experiment.SampleConfig, (), settings, environ={})
+    prompts = None if options.prompts is None else experiment.read_prompts(options.prompts)
     experiment.use_compilation_cache("auto")
     run = experiment.load_run(one_name(names, USAGE))
+    if prompts is not None:
+        for prompt, text in experiment.sample_texts(run.model, run.tokenizer, prompts, options):
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+        return 0
     print(options.prompt, end="", flush=True)
     for text in experiment.stream_text(run.model, run.tokenizer, options):
         print(text, end="", flush=True)

@@ -12,7 +12,8 @@ Trains a byte-level language model and leaves everything in runs/NAME. Run again
 --print-config shows every value and where it was set. --dry-run checks everything, tells what the run would need,
 and trains nothing. A run that was begun refuses other settings, but not those that are named, such as
 --allow-change=training.steps,training.eval_every. --log-format=json writes one JSON object a line to stderr.
-Exit codes: 0 finished, 2 a mistake in the settings, 3 stopped by training.on_trouble, 130 Ctrl-C, 143 SIGTERM."""
+Exit codes: 0 finished, 2 a mistake in the settings, 3 stopped by training.on_trouble, 130 Ctrl-C, 143 SIGTERM,
+138 SIGUSR1."""
 
 
 def train(argv: list[str]) -> int:

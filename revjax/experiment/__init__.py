@@ -17,7 +17,9 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .run import Result as Result
 from .run import run as run
+from .samples import read_prompts as read_prompts
 from .samples import sample_text as sample_text
+from .samples import sample_texts as sample_texts
 from .samples import stream_text as stream_text
 from .trained import TrainedRun as TrainedRun
 from .trained import export as export

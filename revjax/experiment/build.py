@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import secrets
 from collections.abc import Collection
 from typing import Any
 
@@ -46,6 +47,7 @@ class Experiment:
     train_step: Any  # compiled: (state, batch) -> (state, metrics)
     devices: Devices
     eval_step: Any  # (params, batch) -> (sum of losses, sum of weights)
+    run_id: str  # the same whenever the run goes on; another one for any other run
     damaged: dict[int, DamagedCheckpointError]  # checkpoints later than the one that the run continues from
 
     @property
@@ -113,10 +115,11 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         loss_scale=config.model.dtype == "float16",
         spikes=training.spike_sigmas is not None,
     )
-    state, damaged = devices.begin(start, params, dry=dry), {}
+    state, meta, damaged = devices.begin(start, params, dry=dry), {}, {}
     if not dry:
         other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
-        state, damaged = _latest(state, folder, rows, other_data)
+        state, meta, damaged = _latest(state, folder, rows, other_data)
+    run_id = meta.get("run_id") or secrets.token_hex(4)
     step = make_train_step(
         skeleton,
         functools.partial(next_token_loss, z_loss=training.z_loss),
@@ -130,7 +133,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     compiled = devices.jit(step, state).lower(state, devices.deal(rows.batch(0))).compile()
     eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
     evaluate = lambda params, batch: eval_step(params, devices.deal(batch))
-    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, devices, evaluate, damaged)
+    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, devices, evaluate, run_id, damaged)
 
 
 def load_text(config: RunConfig) -> Corpus:
@@ -150,18 +153,18 @@ def load_text(config: RunConfig) -> Corpus:
     return load_corpus(config.data, tokenizer)
 
 
-def _latest(state: TrainState, folder: RunFolder, rows: Batches, other_data: bool) -> tuple[TrainState, dict]:
-    """The state of the latest checkpoint that is whole, to which `rows` are moved, and what is wrong with later ones.
+def _latest(state: TrainState, folder: RunFolder, rows: Batches, other_data: bool) -> tuple[TrainState, dict, dict]:
+    """The state of the latest checkpoint that is whole, its meta, and what is wrong with later ones.
 
-    Without a checkpoint, `state` itself.
+    Moves `rows` to where it was. Without a checkpoint, `state` itself.
     """
     with Checkpointer(folder.checkpoints) as checkpointer:
         if checkpointer.latest_step() is None:
-            return state, {}
+            return state, {}, {}
         nested, meta, damaged = checkpointer.restore_latest(state.as_dict())
     rewinds = rewinds_to(folder.path, meta["step"])  # without the batches that sent training back to this step
     rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"], allow_change=other_data)
-    return state.from_dict(nested), damaged
+    return state.from_dict(nested), meta, damaged
 
 
 def check_model(config: RunConfig) -> CheckReport:

@@ -31,6 +31,7 @@ FREE = (
     "training.sample_prompt",
     "training.sample_temperature",
     "training.sample_tokens",
+    "training.wandb",
 )
 
 
@@ -115,7 +116,14 @@ class SampleConfig(Sampling):
     """What to generate."""
 
     prompt: str = "def "  # what the text continues; "" begins a document
+    prompts: str | None = None  # a file of prompts, one a line or, in .jsonl, a field of each; instead of `prompt`
+    batch_size: int = 16  # prompts of the file that are continued at once
     max_new_tokens: int = 300
     temperature: float = 0.7  # 0 always takes the likeliest token, 1 is the model's own distribution
     stop: tuple[str, ...] = ()  # texts before which it ends
     seed: int = 0  # another one, another text
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but got {self.batch_size}.")

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import signal
 import time
+from typing import Any
 
 import jax
 
@@ -13,7 +14,17 @@ from ..errors import RunFolderError
 from ..logging import get_logger
 from ..memory import peak_flops
 from ..models import flops_per_token, hardware_flops_per_token
-from ..training import MetricsLog, Outcome, StopRequest, TensorBoard, Work, plot_losses, train
+from ..training import (
+    MetricsLog,
+    Outcome,
+    StopRequest,
+    TensorBoard,
+    Tracker,
+    WeightsAndBiases,
+    Work,
+    plot_losses,
+    train,
+)
 from .build import Experiment
 from .config import RunConfig, SampleConfig
 from .evaluation import losses
@@ -35,7 +46,7 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 130 or 143 after Ctrl-C or SIGTERM, as shells have it; 3 stopped (training.on_trouble: stop)."""
+        """0 finished; 128 + its number after a signal, as shells have it; 3 stopped (training.on_trouble: stop)."""
         if self.outcome.ended == "interrupted":
             return 128 + (self.outcome.signal or signal.SIGINT)
         return EXIT_STOPPED if self.outcome.ended == "stopped" else 0
@@ -63,7 +74,7 @@ def run(experiment: Experiment) -> Result:
                 keep_best=config.training.keep_best,
             ) as checkpointer,
             MetricsLog(
-                folder.path, start_step=experiment.start_step, tensorboard=_tensorboard(experiment)
+                folder.path, start_step=experiment.start_step, trackers=_trackers(experiment, made_with)
             ) as metrics_log,
         ):
             for step, error in experiment.damaged.items():
@@ -79,7 +90,7 @@ def run(experiment: Experiment) -> Result:
                 evaluate=_evaluation(experiment, stop_request),
                 sample=_sampling(experiment),
                 work=_work(experiment),
-                meta=made_with | {"config": dataclasses.asdict(config)},
+                meta=made_with | {"config": dataclasses.asdict(config), "run_id": experiment.run_id},
                 checkpointer=checkpointer,
                 metrics_log=metrics_log,
                 stop_request=stop_request,
@@ -106,10 +117,16 @@ def _work(experiment: Experiment) -> Work:
     )
 
 
-def _tensorboard(experiment: Experiment) -> TensorBoard | None:
-    if not experiment.config.training.tensorboard:
-        return None
-    return TensorBoard(experiment.folder.path / "tensorboard", start_step=experiment.start_step)
+def _trackers(experiment: Experiment, made_with: dict[str, Any]) -> list[Tracker]:
+    config, folder = experiment.config, experiment.folder.path
+    found: list[Tracker] = []
+    if config.training.tensorboard:
+        found.append(TensorBoard(folder / "tensorboard", start_step=experiment.start_step))
+    if config.training.wandb is not None:
+        shown = dataclasses.asdict(config) | made_with
+        project, run_id, name = config.training.wandb, experiment.run_id, config.run.name
+        found.append(WeightsAndBiases(folder, project=project, run_id=run_id, name=name, config=shown))
+    return found
 
 
 def _refuse_stale(experiment: Experiment) -> None:

@@ -4,11 +4,11 @@
     decode     logits, cache = model.decode(token_B1, cache)          in a scan: shapes never change
 
 Both are jitted by the structure of the model and by these shapes: another prompt of the same length, other
-parameters and another key compile nothing.
+parameters and another key compile nothing. Prompts of unequal lengths get padding before them, which nothing sees.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from .sampling import Sampling, sample
 
 def generate(
     model: nnx.Module,
-    prompt_tokens: np.ndarray | jax.Array,
+    prompt_tokens: np.ndarray | jax.Array | Sequence[np.ndarray],
     *,
     max_new_tokens: int,
     key: jax.Array | None = None,
@@ -30,8 +30,9 @@ def generate(
     """Returns `max_new_tokens` tokens that follow each prompt, int32: (T,) -> (new,), or (B, T) -> (B, new).
 
     Args:
-      model: has `init_cache(batch, max_length)` and `decode(tokens_BT, cache)`, as `Decoder` does.
-      prompt_tokens: integers in [0, vocab_size), at least one for each row.
+      model: has `init_cache(batch, max_length)`, which for rows of unequal lengths takes `padding_B` too, and
+        `decode(tokens_BT, cache)`, as `Decoder` does.
+      prompt_tokens: integers in [0, vocab_size), at least one for each row; or a list of rows of unequal lengths.
       key: for the draws; None is `jax.random.key(0)`.
       sampling: fields of `Sampling`; temperature 0 is greedy and needs no key.
 
@@ -45,7 +46,7 @@ def generate(
 
 def stream(
     model: nnx.Module,
-    prompt_tokens: np.ndarray | jax.Array,
+    prompt_tokens: np.ndarray | jax.Array | Sequence[np.ndarray],
     *,
     max_new_tokens: int,
     every: int = 16,
@@ -54,14 +55,12 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields what `generate` returns in pieces: the first token, then up to `every` tokens at a time."""
     how = Sampling(**sampling)
-    prompt = np.asarray(prompt_tokens)
-    rows = prompt[None] if prompt.ndim == 1 else prompt
+    rows, padding, one_row = _rows(prompt_tokens)
     check_prompt(rows, max_new_tokens, getattr(model, "config", None))
-    one_row = prompt.ndim == 1
     graphdef, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key
     start = functools.partial(_prefill, graphdef, state, length=rows.shape[1] + max_new_tokens, how=how)
-    token_B, carry = start(jnp.asarray(rows, jnp.int32), key)
+    token_B, carry = start(jnp.asarray(rows, jnp.int32), padding, key)
     yield np.asarray(token_B)[0:1] if one_row else np.asarray(token_B)[:, None]
     for done in range(1, max_new_tokens, every):
         num_tokens = min(every, max_new_tokens - done)
@@ -69,14 +68,30 @@ def stream(
         yield np.asarray(tokens)[0] if one_row else np.asarray(tokens)
 
 
+def _rows(prompt_tokens) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """(rows of one length, padding before each or None, whether there was one prompt and no list of them)."""
+    if isinstance(prompt_tokens, Sequence) and len({np.size(row) for row in prompt_tokens}) > 1:
+        rows = [np.asarray(row) for row in prompt_tokens]
+        if any(row.ndim != 1 for row in rows):
+            raise ValueError(f"Each prompt of a list is (T,), but got the shapes {[row.shape for row in rows]}.")
+        check_prompt(min(rows, key=len)[None], 1)
+        padding = np.array([max(map(len, rows)) - len(row) for row in rows], np.int32)
+        return np.stack([np.pad(row, (n, 0)) for row, n in zip(rows, padding)]), padding, False
+    prompt = np.asarray(prompt_tokens)
+    return (prompt[None], None, True) if prompt.ndim == 1 else (prompt, None, False)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "length", "how"))
-def _prefill(graphdef, state, prompt_BT, key, *, length, how):
-    model = nnx.merge(graphdef, state, copy=True)
-    logits_BTV, cache = model.decode(prompt_BT, model.init_cache(prompt_BT.shape[0], length))
+def _prefill(graphdef, state, prompt_BT, padding_B, key, *, length, how):
+    model, (batch, prompt_length) = nnx.merge(graphdef, state, copy=True), prompt_BT.shape
+    padding = {} if padding_B is None else {"padding_B": padding_B}
+    logits_BTV, cache = model.decode(prompt_BT, model.init_cache(batch, length, **padding))
     seen_BV = None
     if how.repetition_penalty != 1:
-        empty_BV = jnp.zeros((prompt_BT.shape[0], logits_BTV.shape[-1]), bool)
-        seen_BV = jax.vmap(lambda seen_V, tokens_T: seen_V.at[tokens_T].set(True))(empty_BV, prompt_BT)
+        padding_B = jnp.zeros(batch, jnp.int32) if padding_B is None else padding_B
+        is_text_BT = jnp.arange(prompt_length)[None] >= padding_B[:, None]
+        empty_BV = jnp.zeros((batch, logits_BTV.shape[-1]), bool)
+        seen_BV = jax.vmap(lambda seen_V, tokens_T, x_T: seen_V.at[tokens_T].max(x_T))(empty_BV, prompt_BT, is_text_BT)
     return _draw(logits_BTV, (cache, seen_BV), key, 0, how)
 
 

@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
           positions: (B, T) or (1, T) integers, where packed documents start anew; None counts from 0.
           segment_ids: (B, T) integers; a token attends to its own segment only.
         """
-        x_BTD = self._embed(tokens_BT, positions, start=0)
+        x_BTD = self._embed(tokens_BT, positions)
         given = {"positions": positions} if self.positions is None else {}
         return self.norm(self.stack(x_BTD, key=key, segment_ids=segment_ids, **given))
 
@@ -280,25 +280,29 @@ class Decoder(nnx.Module):
         """(D, V): the output projection; the embedding's own table where tied."""
         return self.embedding.head_kernel if self.head is None else self.head.kernel[...]
 
-    def init_cache(self, batch: int, max_length: int) -> PyTree:
-        """Empty caches for `max_length` positions, for each run of the stack, for each branch."""
-        config = self.config
-        one = KVCache.zeros(batch, max_length, config.kv_heads, config.head_size, jnp.dtype(config.dtype))
+    def init_cache(self, batch: int, max_length: int, padding_B: jax.Array | None = None) -> PyTree:
+        """Empty caches for `max_length` tokens, for each run of the stack, for each branch.
+
+        `padding_B`, int32, says how many tokens before each text are padding: nothing sees them, nor are they counted.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        one = KVCache.zeros(batch, max_length, config.kv_heads, config.head_size, dtype, padding_B=padding_B)
         stacked = lambda length: jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *a.shape)), one)
         caches = lambda branches, length: tuple(None if isinstance(b, MLPBranch) else stacked(length) for b in branches)
         return tuple(caches(*run) for run in zip(self.stack.runs, self.stack.lengths, strict=True))
 
     def decode(self, tokens_BT: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
         """Returns logits_BTV for tokens that follow those in the cache, and the longer cache. No gradients."""
-        x_BTD = self._embed(tokens_BT, None, start=jax.tree.leaves(cache, is_leaf=_is_cache)[0].length[0])
+        first = jax.tree.map(lambda x: x[0], jax.tree.leaves(cache, is_leaf=_is_cache)[0])  # of the layers
+        x_BTD = self._embed(tokens_BT, jnp.maximum(first.positions(tokens_BT.shape[1]), 0))
         result = self.stack.scan(x_BTD, cache=cache)
         return self._logits(self.norm(result.out)), result.cache
 
-    def _embed(self, tokens_BT, positions_BT, start):
+    def _embed(self, tokens_BT, positions_BT):
         x_BTD = self.embedding.encode(tokens_BT)
         if self.positions is not None:
             if positions_BT is None:
-                positions_BT = start + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+                positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
             x_BTD = x_BTD + jnp.broadcast_to(self.positions(positions_BT), x_BTD.shape)
         return x_BTD
 

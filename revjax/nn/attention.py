@@ -182,10 +182,14 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(source), self.value(source)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
-        offset = 0 if cache is None else cache.length
+        offset, q_segments, k_segments = 0, segment_ids, segment_ids
+        if cache is not None:
+            offset, (q_segments, k_segments) = cache.length, cache.segments(x_BTD.shape[1])
         if self.rotary is not None:
-            if positions is None:
-                positions = offset + jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
+            if positions is None and cache is not None:
+                positions = cache.positions(x_BTD.shape[1])
+            elif positions is None:
+                positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
             q_BTNH, k_BSKH = self.rotary(q_BTNH, positions), self.rotary(k_BSKH, positions)
         if cache is not None:
             cache = cache.append(k_BSKH, v_BSKH)
@@ -196,8 +200,8 @@ class Attention(nnx.Module):
             v_BSKH,
             causal=self.causal,
             window=self.window,
-            q_segments_BT=segment_ids,
-            k_segments_BS=segment_ids,
+            q_segments_BT=q_segments,
+            k_segments_BS=k_segments,
             q_offset=offset,
             dropout=self.dropout,
             key=key,

@@ -25,4 +25,6 @@ from .state import init_state as init_state
 from .state import split as split
 from .step import make_eval_step as make_eval_step
 from .step import make_train_step as make_train_step
-from .tensorboard import TensorBoard as TensorBoard
+from .trackers import TensorBoard as TensorBoard
+from .trackers import Tracker as Tracker
+from .trackers import WeightsAndBiases as WeightsAndBiases

@@ -52,6 +52,7 @@ class TrainingConfig:
     )
     peak_flops: float | None = None  # a second, of one device, for mfu; null is the maker's figure, where it is known
     tensorboard: bool = False  # write curves to tensorboard/ in the run's folder, besides the .jsonl files
+    wandb: str | None = None  # project of Weights & Biases that gets the curves as well; null: none
     sample_every: int | None = None  # steps between two samples on the way; null: only at the end
     sample_prompt: str = "def "  # what the sample at the end continues; "" writes none
     sample_tokens: int = 300

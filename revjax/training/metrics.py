@@ -10,13 +10,14 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from ..logging import get_logger
-from .tensorboard import TensorBoard
+from .trackers import Tracker, curves
 
 LOGS = ("metrics", "validation", "samples", "trouble")
 
@@ -29,11 +30,11 @@ class MetricsLog:
     Args:
       folder: an existing folder.
       start_step: lines after this step are dropped first: a resumed run writes them again.
-      tensorboard: gets what steps and evaluations give as well, and is closed with the files.
+      trackers: get what steps and evaluations give as well, and are closed with the files.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, start_step: int = 0, tensorboard: TensorBoard | None = None):
-        self.tensorboard = tensorboard
+    def __init__(self, folder: str | os.PathLike, *, start_step: int = 0, trackers: Sequence[Tracker] = ()):
+        self.trackers = trackers
         self.folder = pathlib.Path(folder)
         self._files = {name: _Lines(self.folder / f"{name}.jsonl") for name in LOGS}
         self.go_back(start_step)
@@ -41,16 +42,16 @@ class MetricsLog:
     def step(self, **numbers: Any) -> None:
         """Writes a line of metrics.jsonl: what became of one training step."""
         self._files["metrics"].append(numbers)
-        self._draw("train", numbers)
+        self._track("train", numbers)
 
     def validation(self, **numbers: Any) -> None:
         """Writes a line of validation.jsonl."""
         self._files["validation"].append(numbers)
-        self._draw("validation", numbers)
+        self._track("validation", numbers)
 
-    def _draw(self, kind: str, numbers: dict[str, Any]) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.write(kind, {name: _plain(x) for name, x in numbers.items()})
+    def _track(self, kind: str, numbers: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.write(numbers["step"], curves(kind, _plain(numbers)))
 
     def sample(self, **fields: Any) -> None:
         """Writes a line of samples.jsonl."""
@@ -72,8 +73,8 @@ class MetricsLog:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def __enter__(self):
         return self
@@ -96,7 +97,7 @@ class _Lines:
 
     def append(self, fields: dict[str, Any], *, sync: bool = False) -> None:
         self.last_step = fields["step"]
-        self._waiting.append(_line({k: _plain(v) for k, v in fields.items()}))
+        self._waiting.append(_line(_plain(fields)))
         text = b"".join(self._waiting)
         try:
             if os.write(self._file, text) < len(text):

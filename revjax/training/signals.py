@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM as a request: end after the current step."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request: end after the current step.
+
+SIGTERM is how clouds and Kubernetes announce that a machine is taken away; `sbatch --signal=USR1@120` is how Slurm
+does, 120 seconds before.
+"""
 
 import signal
 import threading
@@ -7,9 +11,11 @@ from typing import Any
 
 from ..logging import get_logger
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as it always does.
+    """While entered, the first of these signals is noted in `signal`; a second one acts as it always does.
 
     Only the main thread can catch signals: elsewhere (a notebook's worker) nothing is changed.
     """
@@ -20,7 +26,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {s: signal.signal(s, self._note) for s in SIGNALS}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

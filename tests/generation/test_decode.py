@@ -47,6 +47,33 @@ def test_one_prompt_gives_one_row(model):
     assert one.tolist() == generate(model, PROMPT, max_new_tokens=4, temperature=0)[0].tolist()
 
 
+@pytest.mark.parametrize(
+    "changes, options",
+    [
+        ({}, {}),
+        ({"window": 4, "coupling": "near-residual:1"}, {}),
+        ({"positions": "learned", "max_length": 15}, {}),
+        ({}, {"repetition_penalty": 1e6}),
+    ],
+    ids=["rotary", "window", "learned positions", "repetition penalty"],
+)
+def test_prompts_of_unequal_lengths_are_continued_as_each_alone(changes, options):
+    model, prompts = make(**changes), [np.array([1, 5, 9]), np.array([60]), np.array([7, 0, 30, 2, 2, 11, 4])]
+    options = {"max_new_tokens": 8, "temperature": 0} | options
+    together = generate(model, prompts, **options)
+    assert together.tolist() == [generate(model, prompt, **options).tolist() for prompt in prompts]
+
+
+def test_padding_changes_no_logits(model):
+    """To rounding: sums over keys are taken in other blocks."""
+    tokens, padding = jnp.array([[0, 0, 0, 1, 5, 9]]), jnp.array([3])
+    alone, _ = model.decode(tokens[:, 3:], model.init_cache(1, 10))
+    padded, _ = model.decode(tokens, model.init_cache(1, 10, padding))
+    np.testing.assert_allclose(padded[:, 3:], alone, rtol=1e-5, atol=1e-5)
+    other, _ = model.decode(tokens.at[0, :3].set(60), model.init_cache(1, 10, padding))
+    np.testing.assert_array_equal(other[:, 3:], padded[:, 3:])
+
+
 def test_one_token_needs_no_loop(model):
     assert generate(model, PROMPT[0], max_new_tokens=1, temperature=0).shape == (1,)
 
@@ -82,11 +109,15 @@ def test_a_repetition_penalty_makes_every_token_new(model):
         ([-1, 3], "holds the token -1"),
         ([0.5], "float64: encode the text first"),
         ([[[1]]], r"got the shape \(1, 1, 1\)"),
+        ([np.array([1, 2]), np.array([], int)], "at least one token"),
+        ([np.array([1, 2]), np.array([64])], "holds the token 64"),
+        ([np.array([1, 2]), np.array([[1]])], r"Each prompt of a list is \(T,\)"),
     ],
 )
 def test_a_bad_prompt_is_refused_in_words(model, prompt, message):
+    is_list_of_rows = any(isinstance(row, np.ndarray) for row in prompt)
     with pytest.raises(ValueError, match=message):
-        generate(model, np.array(prompt), max_new_tokens=2)
+        generate(model, prompt if is_list_of_rows else np.array(prompt), max_new_tokens=2)
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused():

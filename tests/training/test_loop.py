@@ -174,7 +174,7 @@ def test_ten_steps_are_five_and_five_to_the_bit(tmp_path, parts):
     assert losses[0] == losses[1] and len(losses[0]) == 10  # steps 6 and 7 are not there twice
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_after_the_step_with_a_checkpoint(tmp_path, parts, number, told):
     handler = signal.getsignal(number)
     outcome = run(tmp_path, parts, before_step=interrupt(2, lambda: signal.raise_signal(number)))
