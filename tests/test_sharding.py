@@ -62,14 +62,15 @@ ONE, MANY = ["--mesh.data=1"], ["--mesh.data=2", "--mesh.fsdp=4"]
 
 @pytest.fixture(scope="module")
 def runs(text, tmp_path_factory):
-    """On one device, there in another order of summation, and on eight: each finished."""
+    """On one device, there in another order of summation, and on eight: what each began with, and how it finished."""
     folder = tmp_path_factory.mktemp("runs")
     settings = {"one": ONE, "halves": [*ONE, "--memory.accumulation=2"], "many": MANY}
-    done = {}
+    began, done = {}, {}
     for name, words in settings.items():
         ready = experiment.build(configure(text, folder, name, *words))
+        began[name] = jax.device_get(ready.state)
         done[name] = (ready, experiment.run(ready).outcome.state)
-    return folder, done
+    return folder, began, done
 
 
 def largest_difference(a, b):
@@ -78,7 +79,8 @@ def largest_difference(a, b):
 
 
 def test_eight_devices_see_the_data_of_one_and_come_to_its_parameters(runs):
-    folder, done = runs
+    folder, began, done = runs
+    assert all(map(np.array_equal, jax.tree.leaves(began["one"]), jax.tree.leaves(began["many"])))
     states = {name: state for name, (_, state) in done.items()}
     assert done["many"][0].batches.state() == done["one"][0].batches.state()
     for batch in (3, 19):
@@ -93,7 +95,7 @@ def test_eight_devices_see_the_data_of_one_and_come_to_its_parameters(runs):
 
 
 def test_state_lies_where_the_table_says_from_the_first_step_to_the_last(runs):
-    _, done = runs
+    _, _, done = runs
     state = done["many"][1]
     branch = state.params["stack"]["runs"]["0"]["1"]["mlp"]
     assert branch["up"]["kernel"].sharding.spec == P(None, "fsdp", None)
@@ -104,7 +106,7 @@ def test_state_lies_where_the_table_says_from_the_first_step_to_the_last(runs):
 
 
 def test_a_run_on_eight_devices_resumes_to_the_bit_and_goes_on_on_one(runs, text, tmp_path):
-    _, done = runs
+    _, _, done = runs
     ready = dataclasses.replace(experiment.build(configure(text, tmp_path, "a", *MANY)))
 
     def dying(state, batch):

@@ -5,6 +5,7 @@ files -> documents -> tokens, cached -> texts, to train on and held out -> rows 
 
 from .batches import Batch as Batch
 from .batches import Batches as Batches
+from .batches import batch_shapes as batch_shapes
 from .batches import validation_batches as validation_batches
 from .config import STDLIB as STDLIB
 from .config import DataConfig as DataConfig
@@ -12,6 +13,7 @@ from .config import TokenizerConfig as TokenizerConfig
 from .corpus import Corpus as Corpus
 from .corpus import Part as Part
 from .corpus import Text as Text
+from .corpus import find_texts as find_texts
 from .corpus import load_corpus as load_corpus
 from .rows import PackedRows as PackedRows
 from .tokenizer import ByteTokenizer as ByteTokenizer

@@ -117,6 +117,12 @@ class Batches:
         self._iterator.close()
 
 
+def batch_shapes(batch_size: int, sequence_length: int, *, separate_documents: bool = True) -> dict[str, tuple]:
+    """The shape of each array of a batch; all are int32."""
+    rows, inputs = (batch_size, sequence_length + 1), (batch_size, sequence_length)
+    return {"tokens": rows} | ({"segment_ids": inputs, "positions": inputs} if separate_documents else {})
+
+
 def validation_batches(
     text: Text,
     *,

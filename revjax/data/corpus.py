@@ -7,6 +7,7 @@ others there are, and what is there twice is on one side only.
 import dataclasses
 import hashlib
 import json
+import pathlib
 
 import numpy as np
 
@@ -64,17 +65,26 @@ class Corpus:
         return sum(part.weight * part.text.bytes_per_token for part in self.train)
 
 
-def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+def find_texts(config: DataConfig) -> dict[str, list[pathlib.Path]]:
+    """The files of each source of `config`; raises `DataError` where there are none. Reads nothing."""
+    return {source: find_files(source) for source in [*config.sources, *config.validation.values()]}
+
+
+def load_corpus(
+    config: DataConfig, tokenizer: Tokenizer | None = None, files: dict[str, list[pathlib.Path]] | None = None
+) -> Corpus:
     """Returns the text of `config`, tokenised; the same for the same files on any machine and in any process.
 
-    The `tokenizer` is that of `config`, unless one is given. Raises `DataError` where there is nothing to read, where a
-    file may not be read, and where a split is too short for one row.
+    The `tokenizer` is that of `config` and the `files` are `find_texts(config)`, unless they are given. Raises
+    `DataError` where there is nothing to read, where a file may not be read, and where a split is too short for one
+    row.
 
     >>> corpus = load_corpus(DataConfig(source="python-stdlib"))
     """
     tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     folder = users_cache("tokens") if config.cache == "auto" else config.cache
-    load = lambda source: cached_tokens(find_files(source), tokenizer, text_field=config.text_field, folder=folder)
+    files = find_texts(config) if files is None else files
+    load = lambda source: cached_tokens(files[source], tokenizer, text_field=config.text_field, folder=folder)
     total, train, validation = sum(config.sources.values()), [], []
     identity: list = [config.validation_fraction]
     for name, share in config.sources.items():

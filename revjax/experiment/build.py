@@ -6,14 +6,15 @@
 import dataclasses
 import functools
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 from flax import nnx
 
 from ..checkpoint import Checkpointer
-from ..data import Batches, Corpus, load_corpus, load_tokenizer
+from ..data import Batches, Corpus, Tokenizer, batch_shapes, find_texts, load_corpus, load_tokenizer
 from ..errors import ConfigError, DamagedCheckpointError, DataError
 from ..generation.decode import check_prompt
 from ..models import CheckReport, Decoder, check
@@ -28,6 +29,7 @@ from ..training import (
     make_train_step,
     rewinds_to,
     split,
+    split_abstract,
 )
 from .config import FREE, RunConfig
 from .devices import Devices
@@ -77,6 +79,8 @@ def next_token_loss(
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
+    The step is compiled while the text is read.
+
     Args:
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
       allow_change: names of fields in which a run that was begun may go on with other values.
@@ -84,60 +88,106 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing but the
     cache of tokenised text.
     """
-    if config.training.epochs is None:  # or the number of steps is not known yet
+    knows_steps = config.training.epochs is None
+    if knows_steps:
         RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)  # before any work
     devices = Devices.of(config)
-    corpus = load_text(config)
-    rows = Batches(
-        corpus,
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
-        separate_documents=config.data.separate_documents,
-        seed=config.training.seed,
-    )
-    config = config.for_epochs_of(rows.rows_per_epoch)
-    folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
-    param_key, step_key = jax.random.split(jax.random.key(config.training.seed))
-    make_model = lambda: Decoder(
-        devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
-    )
-    skeleton, params = split(nnx.eval_shape(make_model) if dry else make_model())
-    training = config.training
-    if training.start_from is not None and not dry and Checkpointer(folder.checkpoints).latest_step() is None:
-        params = parameters_of(training.start_from, params, corpus.tokenizer)
-    schedule = make_schedule(config.optimizer, training.steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    start = functools.partial(
-        init_state,
-        optimizer=optimizer,
-        key=step_key,
-        ema=training.ema_decay is not None,
-        loss_scale=config.model.dtype == "float16",
-        spikes=training.spike_sigmas is not None,
-    )
-    state, meta, damaged = devices.begin(start, params, dry=dry), {}, {}
+    tokenizer, files = _tokenizer(config), find_texts(config.data)
+    background = ThreadPoolExecutor(1, "compile")
+    try:
+        program = background.submit(Program.of, config, devices) if knows_steps else None
+        corpus = load_corpus(config.data, tokenizer, files)
+        rows = Batches(
+            corpus,
+            batch_size=config.data.batch_size,
+            sequence_length=config.data.sequence_length,
+            separate_documents=config.data.separate_documents,
+            seed=config.training.seed,
+        )
+        config = config.for_epochs_of(rows.rows_per_epoch)
+        folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
+        program = program.result() if program else Program.of(config, devices)
+    finally:
+        background.shutdown(wait=False)
+    state, skeleton, meta, damaged = program.shapes, program.skeleton, {}, {}
     if not dry:
         other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
-        state, meta, damaged = _latest(state, folder, rows, other_data)
-    run_id = meta.get("run_id") or secrets.token_hex(4)
-    step = make_train_step(
-        skeleton,
-        functools.partial(next_token_loss, z_loss=training.z_loss),
-        optimizer,
-        schedule=schedule,
-        on_trouble=training.on_trouble,
-        accumulation=config.memory.accumulation,
-        ema_decay=training.ema_decay,
-        spike_sigmas=training.spike_sigmas,
-    )
-    compiled = devices.jit(step, state).lower(state, devices.deal(rows.batch(0))).compile()
+        if Checkpointer(folder.checkpoints).latest_step() is None:
+            state = program.begin(config.training.start_from, tokenizer)
+        else:
+            state, meta, damaged = _latest(program.shapes, folder, rows, other_data)
     eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
-    evaluate = lambda params, batch: eval_step(params, devices.deal(batch))
-    return Experiment(config, folder, corpus, rows, skeleton, state, compiled, devices, evaluate, run_id, damaged)
+    return Experiment(
+        config=config,
+        folder=folder,
+        corpus=corpus,
+        batches=rows,
+        skeleton=skeleton,
+        state=state,
+        train_step=program.train_step,
+        devices=devices,
+        eval_step=lambda params, batch: eval_step(params, devices.deal(batch)),
+        run_id=meta.get("run_id") or secrets.token_hex(4),
+        damaged=damaged,
+    )
 
 
-def load_text(config: RunConfig) -> Corpus:
-    """The corpus of `config`; raises a `RevjaxError` where the model's vocabulary, or the prompt, does not fit it."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled step of a run, and how its state is made. Needs no text."""
+
+    devices: Devices
+    make_model: Callable[[], Decoder]
+    start: Callable[[dict[str, Any]], TrainState]  # from parameters
+    skeleton: Skeleton
+    shapes: TrainState  # without values, but with shardings
+    train_step: Any
+
+    @staticmethod
+    def of(config: RunConfig, devices: Devices) -> "Program":
+        training, data = config.training, config.data
+        param_key, step_key = jax.random.split(jax.random.key(training.seed))
+        make_model = lambda: Decoder(
+            devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
+        )
+        skeleton, params = split_abstract(make_model)
+        schedule = make_schedule(config.optimizer, training.steps)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        start = functools.partial(
+            init_state,
+            optimizer=optimizer,
+            key=step_key,
+            ema=training.ema_decay is not None,
+            loss_scale=config.model.dtype == "float16",
+            spikes=training.spike_sigmas is not None,
+        )
+        shapes = devices.shapes_of_state(jax.eval_shape(start, params))
+        step = make_train_step(
+            skeleton,
+            functools.partial(next_token_loss, z_loss=training.z_loss),
+            optimizer,
+            schedule=schedule,
+            on_trouble=training.on_trouble,
+            accumulation=config.memory.accumulation,
+            ema_decay=training.ema_decay,
+            spike_sigmas=training.spike_sigmas,
+        )
+        batch = devices.shapes_of_batch(
+            batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
+        )
+        compiled = devices.jit(step, shapes).lower(shapes, batch).compile()
+        return Program(devices, make_model, start, skeleton, shapes, compiled)
+
+    def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
+        """The state before the first step, its arrays made where they belong: random, or from the run `start_from`."""
+        if start_from is None:
+            return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
+        params = parameters_of(start_from, self.shapes.params, tokenizer)
+        return self.devices.make(self.start, self.shapes, params)
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    """That of `config`; raises a `RevjaxError` where the model's vocabulary, or the prompt, does not fit it."""
     tokenizer = load_tokenizer(config.data)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
@@ -150,21 +200,19 @@ def load_text(config: RunConfig) -> Corpus:
             check_prompt(prompt[None], config.training.sample_tokens, config.model)
         except ValueError as e:
             raise ConfigError(f"training.sample_prompt {config.training.sample_prompt!r}: {e}") from None
-    return load_corpus(config.data, tokenizer)
+    return tokenizer
 
 
-def _latest(state: TrainState, folder: RunFolder, rows: Batches, other_data: bool) -> tuple[TrainState, dict, dict]:
+def _latest(shapes: TrainState, folder: RunFolder, rows: Batches, other_data: bool) -> tuple[TrainState, dict, dict]:
     """The state of the latest checkpoint that is whole, its meta, and what is wrong with later ones.
 
-    Moves `rows` to where it was. Without a checkpoint, `state` itself.
+    Moves `rows` to where it was.
     """
     with Checkpointer(folder.checkpoints) as checkpointer:
-        if checkpointer.latest_step() is None:
-            return state, {}, {}
-        nested, meta, damaged = checkpointer.restore_latest(state.as_dict())
+        nested, meta, damaged = checkpointer.restore_latest(shapes.as_dict())
     rewinds = rewinds_to(folder.path, meta["step"])  # without the batches that sent training back to this step
     rows.restore(rewinds[-1]["resume_data"] if rewinds else meta["data"], allow_change=other_data)
-    return state.from_dict(nested), meta, damaged
+    return shapes.from_dict(nested), meta, damaged
 
 
 def check_model(config: RunConfig) -> CheckReport:

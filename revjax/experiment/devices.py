@@ -9,11 +9,9 @@ from jax.sharding import Mesh
 
 from ..errors import ConfigError
 from ..models import DecoderConfig
-from ..sharding import constrain_rows, gather_layer, make_mesh, shard_batch, state_shardings
+from ..sharding import batch_sharding, constrain_rows, gather_layer, make_mesh, shard_batch, state_shardings
 from ..training import TrainState
 from .config import RunConfig
-
-Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +49,26 @@ class Devices:
         """With a tile of the loss for each device: after each tile, the head's gradient is summed over all of them."""
         return dataclasses.replace(config, loss_tile=config.loss_tile * self.count)
 
-    def begin(self, start: Callable[[Params], TrainState], params: Params, *, dry: bool) -> TrainState:
-        """`start(params)`, its arrays where they belong; with `dry`, their shapes."""
+    def shapes_of_state(self, state: TrainState) -> TrainState:
+        """`state`, of shapes, with the places where its arrays belong."""
         if self.mesh is None:
-            return jax.eval_shape(start, params) if dry else start(params)
-        if not dry:  # moments are made where their parameters are
-            return self._placed(start(self._placed(params)))
-        state = jax.eval_shape(start, params)
-        placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.tree.map(placed, state, state_shardings(state, self.mesh))
+            return state
+        return jax.tree.map(_placed, state, state_shardings(state, self.mesh))
 
-    def _placed(self, tree: Any) -> Any:
-        assert self.mesh is not None
-        return jax.device_put(tree, state_shardings(tree, self.mesh))
+    def shapes_of_batch(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of int32 arrays of these `shapes`, as `deal` deals it out."""
+        batch = {name: jax.ShapeDtypeStruct(shape, "int32") for name, shape in shapes.items()}
+        if self.mesh is None:
+            return batch
+        return {name: _placed(x, batch_sharding(x.shape, self.mesh)) for name, x in batch.items()}
+
+    def make(self, start: Callable[..., TrainState], shapes: TrainState, *args: Any) -> TrainState:
+        """`start(*args)`, each array made where it belongs. Its arrays among `args` are used up."""
+        donated = tuple(range(len(args)))
+        if self.mesh is None:
+            return jax.jit(start, donate_argnums=donated)(*args)
+        args = tuple(jax.device_put(x, state_shardings(x, self.mesh)) for x in args)
+        return jax.jit(start, donate_argnums=donated, out_shardings=state_shardings(shapes, self.mesh))(*args)
 
     def jit(self, step: Callable, state: TrainState) -> Any:
         """The jitted step, which leaves the state where it found it, and uses it up."""
@@ -74,3 +79,7 @@ class Devices:
     def deal(self, batch: Any) -> Any:
         """`batch`, its rows on their devices."""
         return batch if self.mesh is None else shard_batch(batch, self.mesh)
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)

@@ -18,7 +18,7 @@ from ..data import DataConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
 from ..models import Decoder
-from ..training import split
+from ..training import split, split_abstract
 from ..training.folder import read_config
 from .config import RunConfig
 
@@ -102,15 +102,13 @@ def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
 
 
 def _load_model(folder: pathlib.Path, config: RunConfig) -> Decoder:
-    abstract = nnx.eval_shape(lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     with Checkpointer(folder / "checkpoints") as checkpointer:
         nested, _, damaged = checkpointer.restore_latest()
     for error in damaged.values():
         get_logger(__name__).warning("%s An older one is used here.", error)
-    _, params = split(abstract)
+    skeleton, params = split_abstract(lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     trained = nested.get("ema", nested["params"])
     if _shapes(params) != _shapes(trained):
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
-    skeleton, _ = split(Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     cast = lambda like, x: jax.numpy.asarray(x, like.dtype)
     return typing.cast(Decoder, skeleton.merge(jax.tree.map(cast, params, trained)))

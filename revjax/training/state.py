@@ -6,6 +6,7 @@ The skeleton holds what is not trained. It is static for a whole run, so a jitte
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,6 +78,13 @@ def split(model: nnx.Module) -> tuple[Skeleton, Nested]:
         raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to train.")
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
     return Skeleton(graphdef, abstract, rest), to_nested(params)
+
+
+def split_abstract(make_model: Callable[[], nnx.Module]) -> tuple[Skeleton, Nested]:
+    """As `split(make_model())`, but makes no parameters: shapes are in their place."""
+    skeleton, params = split(nnx.eval_shape(make_model))
+    rest = jax.jit(lambda: split(make_model())[0].rest)()
+    return dataclasses.replace(skeleton, rest=rest), params
 
 
 def init_state(

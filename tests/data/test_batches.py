@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from revjax.data import Batches, validation_batches
+from revjax.data import Batches, batch_shapes, validation_batches
 from revjax.errors import DataError
 
 from .texts import make_corpus, make_text
@@ -26,12 +26,10 @@ def equal(a, b):
 
 
 def test_a_batch_has_tokens_segments_and_positions():
-    batch = next(make())
-    assert {name: x.shape for name, x in batch.items()} == {
-        "tokens": (4, 17),
-        "segment_ids": (4, 16),
-        "positions": (4, 16),
-    }
+    shapes = {name: x.shape for name, x in next(make()).items()}
+    assert shapes == batch_shapes(**SIZES) == {"tokens": (4, 17), "segment_ids": (4, 16), "positions": (4, 16)}
+    shapes = {name: x.shape for name, x in next(make(separate_documents=False)).items()}
+    assert shapes == batch_shapes(**SIZES, separate_documents=False) == {"tokens": (4, 17)}
 
 
 def test_the_order_of_rows_is_pinned():
