@@ -197,6 +197,9 @@ class Checkpointer:
                 return *self.restore(step, target), damaged
             except DamagedCheckpointError as e:
                 damaged[step] = e
+        if len(damaged) > 1:
+            why = "; ".join(f"{step} ({error.why})" for step, error in damaged.items())
+            raise DamagedCheckpointError(f"No checkpoint in {self.folder} is whole: {why}. Start again.", why)
         if damaged:
             raise next(iter(damaged.values()))
         return *self.restore(None, target), damaged  # which says that there is none
@@ -212,11 +215,12 @@ class Checkpointer:
                 gc.collect()  # reads of other arrays, failed or not begun, would complain when they are collected
         raise self._damaged(step, why)
 
-    def _damaged(self, step: int, why: str) -> CheckpointError:
+    def _damaged(self, step: int, why: str) -> DamagedCheckpointError:
         others = [s for s in self.steps() if s != step]
         use = f"restore step {others[-1]}" if others else "start again: it is the only one"
+        why = _shortened(why)
         return DamagedCheckpointError(
-            f"The checkpoint {self.folder / str(step)} is damaged: {_shortened(why)}. Delete that folder and {use}."
+            f"The checkpoint {self.folder / str(step)} is damaged: {why}. Delete that folder and {use}.", why
         )
 
     def wait(self) -> None:

@@ -26,7 +26,11 @@ class CheckpointError(RevjaxError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose files are not what was saved; an older one may be whole."""
+    """A checkpoint whose files are not what was saved; an older one may be whole. `why` is what is wrong with it."""
+
+    def __init__(self, message: str, why: str):
+        super().__init__(message)
+        self.why = why
 
 
 class RunFolderError(RevjaxError):

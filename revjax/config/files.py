@@ -105,7 +105,9 @@ def read(path: str | os.PathLike, below: tuple[pathlib.Path, ...] = ()) -> Value
     if value.data is None:
         value = Value({}, value.where)
     if not isinstance(value.data, dict):
-        raise ConfigError(f"{value.where}: a config file must be a mapping (`key: value`), but got {value.plain!r}.")
+        raise ConfigError(
+            f"{value.where}: a config file must be a mapping (`key: value`), but got {value.plain!r:.80}."
+        )
     own = {k: v for k, v in value.data.items() if k != "base"}
     merged = Value({}, value.where)
     for base in _bases(value.data.get("base")):

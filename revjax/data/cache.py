@@ -60,7 +60,7 @@ def cached_tokens(
         if found is None:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / f"{key}.lock"):
-                found = _open(folder / key)  # another process may have made it by now
+                found = _open(folder / key, tell=True)  # another process may have made it by now
                 if found is None:
                     _make(folder / key, paths, tokenizer, text_field)
                     found = _open(folder / key)
@@ -98,8 +98,8 @@ def _locked(path: pathlib.Path) -> filelock.BaseFileLock:
         return lock
 
 
-def _open(path: pathlib.Path) -> TokenCache | None:
-    """What was made at `path`, checked; None where there is nothing, or nothing that can be used."""
+def _open(path: pathlib.Path, *, tell: bool = False) -> TokenCache | None:
+    """What was made at `path`, checked; None where there is nothing, or nothing that can be used (`tell`: and why)."""
     if not path.is_dir():
         return None
     try:
@@ -110,7 +110,8 @@ def _open(path: pathlib.Path) -> TokenCache | None:
         tokens = np.memmap(path / "tokens.bin", meta["dtype"], mode="r")
         return TokenCache(path.name, tokens, np.load(path / "documents.npy"))
     except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
-        get_logger(__name__).warning("%s is damaged (%s): the text is tokenised again", path, e)
+        if tell:
+            get_logger(__name__).warning("%s is damaged (%s): the text is tokenised again", path, e)
         return None
 
 

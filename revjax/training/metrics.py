@@ -6,11 +6,12 @@ samples.jsonl      one for each text                       trouble.jsonl      on
 A number that is not finite is written as null, because JSON has no NaN.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike, *, start_step: int = 0, trackers: Sequence[Tracker] = ()):
-        self.trackers = trackers
+        self.trackers = list(trackers)
         self.folder = pathlib.Path(folder)
         self._files = {name: _Lines(self.folder / f"{name}.jsonl") for name in LOGS}
         self.go_back(start_step)
@@ -50,8 +51,18 @@ class MetricsLog:
         self._track("validation", numbers)
 
     def _track(self, kind: str, numbers: dict[str, Any]) -> None:
-        for tracker in self.trackers:
-            tracker.write(numbers["step"], curves(kind, _plain(numbers)))
+        for tracker in list(self.trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.write(numbers["step"], curves(kind, _plain(numbers)))
+
+    @contextlib.contextmanager
+    def _dropped_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # of a library, a disk or a network: none of them may end a run
+            self.trackers.remove(tracker)
+            message = "%s gets no more curves: %s: %s. The .jsonl files go on."
+            get_logger(__name__).error(message, type(tracker).__name__, type(e).__name__, e)
 
     def sample(self, **fields: Any) -> None:
         """Writes a line of samples.jsonl."""
@@ -73,8 +84,9 @@ class MetricsLog:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        for tracker in self.trackers:
-            tracker.close()
+        for tracker in list(self.trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.close()
 
     def __enter__(self):
         return self

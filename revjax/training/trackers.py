@@ -1,16 +1,20 @@
 """The numbers of metrics.jsonl and validation.jsonl, for tools that draw curves."""
 
+import contextlib
 import math
 import pathlib
+import socket
+import time
 from typing import Any, Protocol
 
 from ..errors import ConfigError
 
 _LEFT_OUT = {"step", "time", "peak_flops"}
+_FLUSH_S = 5.0  # seconds after which a curve shows what was written
 
 
 class Tracker(Protocol):
-    """Gets what each step and each evaluation gives."""
+    """Gets what each step and each evaluation gives. Where it cannot take more, it raises, and is asked no more."""
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Takes numbers by names such as train/loss. A step may come again, after a rewind."""
@@ -27,16 +31,37 @@ class TensorBoard:
 
     def __init__(self, folder: pathlib.Path, *, start_step: int = 0):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+            from tensorboardX.record_writer import RecordWriter
         except ImportError:
             raise ConfigError(
                 "training.tensorboard needs tensorboardX. Type: pip install 'revjax[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        # Not SummaryWriter: its thread dies of a full disk, and then it waits for that thread for ever.
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
+        self._writer, self._event, self._summary = RecordWriter(str(folder / name)), Event, Summary
+        self._flushed = 0.0
+        self._write(0, file_version="brain.Event:2")
+        if start_step:
+            self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        for name, x in numbers.items():
-            self._writer.add_scalar(name, x, step)
+        values = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
+        self._write(step, summary=self._summary(value=values))
+
+    def _write(self, step: int, **what: Any) -> None:
+        now = time.time()
+        try:
+            self._writer.write(self._event(wall_time=now, step=step, **what).SerializeToString())
+            if now > self._flushed + _FLUSH_S:
+                self._writer.flush()
+                self._flushed = now
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            raise
 
     def close(self) -> None:
         self._writer.close()

@@ -22,6 +22,7 @@ from revjax.models.stack import ReversibleStack
 from revjax.training import (
     MetricsLog,
     StopRequest,
+    TensorBoard,
     TrainingConfig,
     Work,
     init_state,
@@ -361,6 +362,18 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_only_where_it_is_told_
         assert run(tmp_path, parts, on_save_error=on_save_error).ended == "finished"
         assert Checkpointer(tmp_path / "checkpoints").steps() == [10]
         assert any("No space left" in line and "Training goes on" in line for line in told)
+
+
+def test_a_tracker_that_fails_is_dropped_and_ends_nothing(tmp_path, told):
+    """A full disk, by the file that always is one."""
+    board = TensorBoard(tmp_path / "board")
+    board._writer.close()
+    board._writer._writer = open("/dev/full", "wb")
+    with MetricsLog(tmp_path, trackers=[board]) as log:
+        for step in (1, 2, 3):
+            log.step(step=step, loss=1.0)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len(told) == 1 and told[0].startswith("TensorBoard gets no more curves: OSError: [Errno 28] No space left")
 
 
 def test_a_full_disk_keeps_lines_of_the_log_in_memory_until_they_can_be_written(tmp_path, monkeypatch, told):
