@@ -11,6 +11,7 @@ import jax
 from ..logging import get_logger
 from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
 from .gradients import GradientsConfig, gradients
+from .loop import LoopConfig, loop
 from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
 from .speed import SpeedConfig, speed
 
@@ -60,6 +61,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
             for dtype in ("bfloat16", "float32")
         ],
     ),
+    "loop": (loop, [LoopConfig(num_layers=12, d_model=96, sequence_length=128, batch_size=8)]),
 }
 
 
@@ -70,6 +72,7 @@ ABOUT = {
     "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
+    "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",
 }  # on two CPU cores
 
 
