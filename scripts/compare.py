@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.compare import compare
+
+raise SystemExit(call(compare))
