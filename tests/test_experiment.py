@@ -17,6 +17,7 @@ from revjax.config import load
 from revjax.data import Batches, ByteTokenizer, train_tokenizer
 from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from revjax.experiment import RunConfig
+from revjax.models import Decoder
 from revjax.training import RunFolder, read_metrics, split
 
 
@@ -297,6 +298,15 @@ def test_many_prompts_are_continued_in_batches_as_each_alone(finished):
     )
     assert texts == [(prompt, alone(prompt)) for prompt in prompts] and texts[0] == texts[4]
     assert all("\n" not in text for _, text in texts)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_is_continued(text, tmp_path):
+    config = configure(text, tmp_path, "--model.positions=learned", "--model.max_length=64").model
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    options = experiment.SampleConfig(max_new_tokens=40, batch_size=1, temperature=0)
+    assert len(list(experiment.sample_texts(model, ByteTokenizer(), ["12", "x" * 24], options))) == 2
+    with pytest.raises(ConfigError, match="longest prompt has 25 tokens, .* leave room for 24"):
+        next(experiment.sample_texts(model, ByteTokenizer(), ["12", "x" * 25], options))
 
 
 def test_the_same_prompts_are_continued_differently_where_draws_are_made(finished):

@@ -74,7 +74,7 @@ def _times(shape: LoopConfig, ready: Experiment, folder: pathlib.Path) -> tuple[
 
     checkpoints = Checkpointer(folder / "checkpoints", every=ready.config.training.checkpoint_every)
     with checkpoints as checkpointer, MetricsLog(folder) as log, StopRequest() as request:
-        train(
+        outcome = train(
             ready.state,
             ready.train_step,
             ready.batches,
@@ -85,6 +85,8 @@ def _times(shape: LoopConfig, ready: Experiment, folder: pathlib.Path) -> tuple[
             stop_request=request,
             evaluate=run_bare,
         )
+    if outcome.ended != "finished":
+        raise KeyboardInterrupt
     lines = read_metrics(folder / "metrics.jsonl")
     tokens = shape.batch_size * shape.sequence_length
     seconds = np.array([tokens / line["tokens_per_second"] for line in lines]).reshape(shape.pairs, shape.steps).sum(1)

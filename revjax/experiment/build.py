@@ -22,6 +22,7 @@ from ..training import (
     RunFolder,
     Skeleton,
     TrainState,
+    check_installed,
     init_state,
     make_eval_step,
     make_optimizer,
@@ -49,7 +50,7 @@ class Experiment:
     train_step: Any  # compiled: (state, batch) -> (state, metrics)
     devices: Devices
     eval_step: Any  # (params, batch) -> (sum of losses, sum of weights)
-    run_id: str  # the same whenever the run goes on; another one for any other run
+    run_id: str  # the same whenever the run goes on from a checkpoint of its own
     damaged: dict[int, DamagedCheckpointError]  # checkpoints later than the one that the run continues from
 
     @property
@@ -79,7 +80,7 @@ def next_token_loss(
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
-    The step is compiled while the text is read.
+    The step is traced first and compiled while the text is read.
 
     Args:
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
@@ -91,11 +92,13 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     knows_steps = config.training.epochs is None
     if knows_steps:
         RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)  # before any work
+    check_installed(config.training)
     devices = Devices.of(config)
     tokenizer, files = _tokenizer(config), find_texts(config.data)
     background = ThreadPoolExecutor(1, "compile")
     try:
-        program = background.submit(Program.of, config, devices) if knows_steps else None
+        program = Program.of(config, devices) if knows_steps else None
+        compiled = background.submit(program.lowered.compile) if program else None
         corpus = load_corpus(config.data, tokenizer, files)
         rows = Batches(
             corpus,
@@ -106,7 +109,8 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         )
         config = config.for_epochs_of(rows.rows_per_epoch)
         folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
-        program = program.result() if program else Program.of(config, devices)
+        program = program or Program.of(config, devices)
+        train_step = compiled.result() if compiled else program.lowered.compile()
     finally:
         background.shutdown(wait=False)
     state, skeleton, meta, damaged = program.shapes, program.skeleton, {}, {}
@@ -124,24 +128,24 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         batches=rows,
         skeleton=skeleton,
         state=state,
-        train_step=program.train_step,
+        train_step=train_step,
         devices=devices,
         eval_step=lambda params, batch: eval_step(params, devices.deal(batch)),
-        run_id=meta.get("run_id") or secrets.token_hex(4),
+        run_id=meta["run_id"] if _is_of(meta, config) else secrets.token_hex(4),
         damaged=damaged,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled step of a run, and how its state is made. Needs no text."""
+    """The step of a run, ready to be compiled, and how its state is made. Needs no text."""
 
     devices: Devices
     make_model: Callable[[], Decoder]
     start: Callable[[dict[str, Any]], TrainState]  # from parameters
     skeleton: Skeleton
     shapes: TrainState  # without values, but with shardings
-    train_step: Any
+    lowered: Any  # the jitted step
 
     @staticmethod
     def of(config: RunConfig, devices: Devices) -> "Program":
@@ -175,8 +179,7 @@ class Program:
         batch = devices.shapes_of_batch(
             batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
         )
-        compiled = devices.jit(step, shapes).lower(shapes, batch).compile()
-        return Program(devices, make_model, start, skeleton, shapes, compiled)
+        return Program(devices, make_model, start, skeleton, shapes, devices.jit(step, shapes).lower(shapes, batch))
 
     def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
         """The state before the first step, its arrays made where they belong: random, or from the run `start_from`."""
@@ -184,6 +187,11 @@ class Program:
             return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
         params = parameters_of(start_from, self.shapes.params, tokenizer)
         return self.devices.make(self.start, self.shapes, params)
+
+
+def _is_of(meta: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a checkpoint with `meta` is of the run of that name, and not of one that its folder was copied from."""
+    return "run_id" in meta and meta["config"]["run"]["name"] == config.run.name
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:

@@ -120,12 +120,15 @@ def _work(experiment: Experiment) -> Work:
 def _trackers(experiment: Experiment, made_with: dict[str, Any]) -> list[Tracker]:
     config, folder = experiment.config, experiment.folder.path
     found: list[Tracker] = []
-    if config.training.tensorboard:
-        found.append(TensorBoard(folder / "tensorboard", start_step=experiment.start_step))
     if config.training.wandb is not None:
         shown = dataclasses.asdict(config) | made_with
         project, run_id, name = config.training.wandb, experiment.run_id, config.run.name
         found.append(WeightsAndBiases(folder, project=project, run_id=run_id, name=name, config=shown))
+    if config.training.tensorboard:
+        try:
+            found.append(TensorBoard(folder / "tensorboard"))
+        except OSError as e:  # a full disk
+            get_logger(__name__).error("No curves for TensorBoard: %s.", e.strerror)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,29 @@ def sample_texts(
     The texts depend on `config.batch_size` and on the order of the prompts, unless the temperature is 0. Raises
     `ConfigError` for a bad prompt.
     """
-    for i, start in enumerate(range(0, len(prompts), config.batch_size)):
-        batch = prompts[start : start + config.batch_size]
-        pieces = list(_stream_texts(model, tokenizer, batch, config, draw=i))
+    lengths = [max(len(tokenizer.encode(prompt)), 1) for prompt in prompts]
+    most = _room(model, max(lengths), config)
+    size = min(config.batch_size, len(prompts))
+    for i, start in enumerate(range(0, len(prompts), size)):
+        batch, longest = prompts[start : start + size], max(lengths[start : start + size])
+        full = [*batch, *[batch[-1]] * (size - len(batch))]  # of one size, or it would be compiled again
+        pad_to = min(max(2 ** math.ceil(math.log2(longest)), 16), most)  # few lengths, for the same reason
+        pieces = list(_stream_texts(model, tokenizer, full, config, draw=i, pad_to=pad_to))
         yield from zip(batch, map("".join, zip(*pieces)))
+
+
+def _room(model: nnx.Module, longest: int, config: SampleConfig) -> float:
+    """How many tokens a prompt may have; raises `ConfigError` where `longest` are too many."""
+    shape = getattr(model, "config", None)
+    limit = math.inf
+    if shape is not None and shape.positions == "learned":
+        limit = shape.max_length - config.max_new_tokens
+    if longest > limit:
+        raise ConfigError(
+            f"The longest prompt has {longest} tokens, but with {config.max_new_tokens} new ones this model's learned "
+            f"positions leave room for {limit}. Shorten it, or set a smaller --max_new_tokens."
+        )
+    return limit
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
@@ -73,7 +93,13 @@ def _field(line: str, where: str) -> str:
 
 
 def _stream_texts(
-    model: nnx.Module, tokenizer: Tokenizer, prompts: Sequence[str], config: SampleConfig, *, draw: int = 0
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SampleConfig,
+    *,
+    draw: int = 0,
+    pad_to: int | None = None,
 ) -> Iterator[list[str]]:
     """Yields the next piece of what follows each prompt, until all have ended; `draw` has its own randomness."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
@@ -83,6 +109,7 @@ def _stream_texts(
         model,
         [prompt if len(prompt) else np.array([tokenizer.separator]) for prompt in encoded],
         max_new_tokens=config.max_new_tokens,
+        pad_to=pad_to,
         key=jax.random.fold_in(key, draw) if draw else key,
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(Sampling)},
     )

@@ -8,7 +8,6 @@ import typing
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -40,26 +39,22 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
 
     Raises a `RevjaxError` where there is no run, no checkpoint, or no tokenizer.
     """
-    folder = pathlib.Path(folder).expanduser()
-    config = read_config(folder, RunConfig)
-    model = _load_model(folder, config)
-    data = config.data
-    if (folder / TOKENIZER).exists():
-        data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
+    config, data, params = _read(folder)
+    skeleton, _ = split_abstract(lambda: _decoder(config))
+    model = typing.cast(Decoder, skeleton.merge(jax.tree.map(jax.numpy.asarray, params)))
     return TrainedRun(config, data, model, load_tokenizer(data))
 
 
 def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The parameters of the run in `folder`, for a model whose own are as `like` and which reads `tokenizer`'s tokens.
 
-    Raises a `RevjaxError` where there are none, or they are not for such a model.
+    They are numpy's: on no device yet. Raises a `RevjaxError` where there are none, or they are not for such a model.
     """
-    run = load_run(folder)
-    if run.tokenizer.fingerprint != tokenizer.fingerprint:
+    _, data, params = _read(folder)
+    if load_tokenizer(data).fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={run.data.tokenizer}"
+            f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={data.tokenizer}"
         )
-    _, params = split(run.model)
     ours, theirs = _shapes(like), _shapes(params)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -69,6 +64,28 @@ def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: To
                 f"{folder}/config.yaml."
             )
     return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
+
+
+def _decoder(config: RunConfig) -> Decoder:
+    return Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0))
+
+
+def _read(folder: str | os.PathLike) -> tuple[RunConfig, DataConfig, dict[str, Any]]:
+    """The configuration of a run, its data section with the tokenizer of the folder, and its parameters, in numpy."""
+    folder = pathlib.Path(folder).expanduser()
+    config = read_config(folder, RunConfig)
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        nested, _, damaged = checkpointer.restore_latest()
+    for error in damaged.values():
+        get_logger(__name__).warning("%s An older one is used here.", error)
+    _, shapes = split(nnx.eval_shape(lambda: _decoder(config)))
+    trained = nested.get("ema", nested["params"])
+    if _shapes(shapes) != _shapes(trained):
+        raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
+    data = config.data
+    if (folder / TOKENIZER).exists():
+        data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
+    return config, data, jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -85,30 +102,15 @@ def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
     output = pathlib.Path(output).expanduser()
     if output.exists():
         raise CheckpointError(f"{output} is there already. Delete it, or set --output to another place.")
-    run = load_run(folder)
-    _, params = split(run.model)
+    config, _, params = _read(folder)
     tensors = {
-        ".".join(str(getattr(k, "key", k)) for k in path): np.asarray(x)
-        for path, x in jax.tree.flatten_with_path(params)[0]
+        ".".join(str(getattr(k, "key", k)) for k in path): x for path, x in jax.tree.flatten_with_path(params)[0]
     }
     temporary = output.with_name(f"{output.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"config": json.dumps(dataclasses.asdict(run.config))})
+        save_file(tensors, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
         os.replace(temporary, output)
     except (OSError, SafetensorError) as e:  # a full disk comes as either
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"Cannot write {output}: {e}. Set --output to another place.") from None
     return sum(x.size for x in tensors.values())
-
-
-def _load_model(folder: pathlib.Path, config: RunConfig) -> Decoder:
-    with Checkpointer(folder / "checkpoints") as checkpointer:
-        nested, _, damaged = checkpointer.restore_latest()
-    for error in damaged.values():
-        get_logger(__name__).warning("%s An older one is used here.", error)
-    skeleton, params = split_abstract(lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
-    trained = nested.get("ema", nested["params"])
-    if _shapes(params) != _shapes(trained):
-        raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
-    cast = lambda like, x: jax.numpy.asarray(x, like.dtype)
-    return typing.cast(Decoder, skeleton.merge(jax.tree.map(cast, params, trained)))

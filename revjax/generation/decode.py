@@ -50,12 +50,16 @@ def stream(
     *,
     max_new_tokens: int,
     every: int = 16,
+    pad_to: int | None = None,
     key: jax.Array | None = None,
     **sampling: Any,
 ) -> Iterator[np.ndarray]:
-    """Yields what `generate` returns in pieces: the first token, then up to `every` tokens at a time."""
+    """Yields what `generate` returns in pieces: the first token, then up to `every` tokens at a time.
+
+    With `pad_to` shorter prompts get padding up to so many tokens: batches of one such length compile once.
+    """
     how = Sampling(**sampling)
-    rows, padding, one_row = _rows(prompt_tokens)
+    rows, padding, one_row = _rows(prompt_tokens, pad_to)
     check_prompt(rows, max_new_tokens, getattr(model, "config", None))
     graphdef, state = nnx.split(model)
     key = jax.random.key(0) if key is None else key
@@ -68,14 +72,16 @@ def stream(
         yield np.asarray(tokens)[0] if one_row else np.asarray(tokens)
 
 
-def _rows(prompt_tokens) -> tuple[np.ndarray, np.ndarray | None, bool]:
+def _rows(prompt_tokens, pad_to: int | None) -> tuple[np.ndarray, np.ndarray | None, bool]:
     """(rows of one length, padding before each or None, whether there was one prompt and no list of them)."""
-    if isinstance(prompt_tokens, Sequence) and len({np.size(row) for row in prompt_tokens}) > 1:
+    is_list = isinstance(prompt_tokens, Sequence)
+    if pad_to is not None or (is_list and len({np.size(row) for row in prompt_tokens}) > 1):
         rows = [np.asarray(row) for row in prompt_tokens]
         if any(row.ndim != 1 for row in rows):
             raise ValueError(f"Each prompt of a list is (T,), but got the shapes {[row.shape for row in rows]}.")
         check_prompt(min(rows, key=len)[None], 1)
-        padding = np.array([max(map(len, rows)) - len(row) for row in rows], np.int32)
+        length = max(*map(len, rows), pad_to or 0)
+        padding = np.array([length - len(row) for row in rows], np.int32)
         return np.stack([np.pad(row, (n, 0)) for row, n in zip(rows, padding)]), padding, False
     prompt = np.asarray(prompt_tokens)
     return (prompt[None], None, True) if prompt.ndim == 1 else (prompt, None, False)

@@ -220,7 +220,7 @@ class Attention(nnx.Module):
         if cache is not None and not self.causal:
             raise ValueError("A cache needs causal self-attention: otherwise earlier outputs would change.")
         if segment_ids is not None and (cache is not None or self.is_cross):
-            raise ValueError("segment_ids work in self-attention without a cache: keys of a cache have no segments.")
+            raise ValueError("segment_ids work in self-attention without a cache: its segments are text and padding.")
 
 
 def _check_heads(d_model, num_heads, num_kv_heads, head_dim, rotary):

@@ -43,7 +43,7 @@ class KVCache:
         return self.k_BSKH.shape[-3]
 
     def positions(self, num_tokens: int) -> jax.Array:
-        """(1, T) or (B, T): the positions of the next `num_tokens` in their texts; 0 or less in padding."""
+        """(1, T) or (B, T): the positions of the next `num_tokens` in their texts; below 0 in padding."""
         positions_1T = self.length + jnp.arange(num_tokens, dtype=jnp.int32)[None]
         return positions_1T if self.padding_B is None else positions_1T - self.padding_B[:, None]
 

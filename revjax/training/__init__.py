@@ -29,3 +29,4 @@ from .step import make_train_step as make_train_step
 from .trackers import TensorBoard as TensorBoard
 from .trackers import Tracker as Tracker
 from .trackers import WeightsAndBiases as WeightsAndBiases
+from .trackers import check_installed as check_installed

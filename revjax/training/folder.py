@@ -4,7 +4,7 @@ config.yaml         as resolved, with the versions that it was started with; con
 metrics.jsonl       one line for each step            validation.jsonl   one for each evaluation
 samples.jsonl       one line for each sample          trouble.jsonl      one for each gradient not trusted
 checkpoints/STEP    the latest few                    loss.png, sample.txt
-tokenizer.json      where the text is not in bytes
+tokenizer.json      where the text is not in bytes       tensorboard/, wandb/   curves, where they are wanted
 .lock               held by the process that trains here
 """
 
@@ -61,6 +61,8 @@ class RunFolder:
             "checkpoints",
             "tokenizer.json",
             "tokenizer.json.tmp",
+            "tensorboard",
+            "wandb",
             *(f"{name}.jsonl" for name in LOGS),
         }
         steps = any(p.name.isdecimal() for p in self.checkpoints.glob("*"))

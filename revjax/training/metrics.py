@@ -80,19 +80,23 @@ class MetricsLog:
         """Drops lines after `step`. A rewind to `step` or before it stays: what follows depends on it."""
         for file in self._files.values():
             file.keep(lambda line: line["step"] <= step or line.get("to_step", math.inf) <= step)
+        for tracker in list(self.trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.go_back(step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Closes files and trackers; `failed` where training ended by an error."""
         for file in self._files.values():
             file.close()
         for tracker in list(self.trackers):
             with self._dropped_if_it_fails(tracker):
-                tracker.close()
+                tracker.close(failed=failed)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self.close(failed=exception[0] is not None)
 
 
 class _Lines:

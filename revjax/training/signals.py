@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM and SIGUSR1 as a request: end after the current step.
 
-SIGTERM is how clouds and Kubernetes announce that a machine is taken away; `sbatch --signal=USR1@120` is how Slurm
-does, 120 seconds before.
+SIGTERM is how clouds and Kubernetes announce that a machine is taken away; `sbatch --signal=USR1@120` makes Slurm
+do so, 120 seconds before, to what `srun` started.
 """
 
 import signal

@@ -1,6 +1,7 @@
 """The numbers of metrics.jsonl and validation.jsonl, for tools that draw curves."""
 
 import contextlib
+import importlib.util
 import math
 import pathlib
 import socket
@@ -8,44 +9,55 @@ import time
 from typing import Any, Protocol
 
 from ..errors import ConfigError
+from ..logging import get_logger
 
 _LEFT_OUT = {"step", "time", "peak_flops"}
 _FLUSH_S = 5.0  # seconds after which a curve shows what was written
+_FINISH_S = 60.0  # seconds to send what is left: a machine that is taken away waits no longer, and it can be sent later
 
 
 class Tracker(Protocol):
     """Gets what each step and each evaluation gives. Where it cannot take more, it raises, and is asked no more."""
 
+    def go_back(self, step: int) -> None:
+        """What it was given of steps after `step` comes again."""
+        ...
+
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Takes numbers by names such as train/loss. A step may come again, after a rewind."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """Takes no more; `failed` where training ended by an error."""
+        ...
+
+
+def check_installed(config: Any) -> None:
+    """Raises `ConfigError` where what `config` (`TrainingConfig`) wants curves for is not installed."""
+    for wanted, name in ((config.tensorboard, "tensorboardX"), (config.wandb is not None, "wandb")):
+        if wanted and importlib.util.find_spec(name) is None:
+            extra = name.removesuffix("X")
+            raise ConfigError(f"training.{extra} needs {name}. Type: pip install 'revjax[{extra}]'")
 
 
 class TensorBoard:
-    """Writes event files into `folder`. What is there of steps after `start_step` is hidden: they come again.
+    """Writes event files into `folder`. What comes again hides what was there."""
 
-    Raises `ConfigError` where tensorboardX is not installed.
-    """
+    def __init__(self, folder: pathlib.Path):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+        from tensorboardX.record_writer import RecordWriter
 
-    def __init__(self, folder: pathlib.Path, *, start_step: int = 0):
-        try:
-            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
-            from tensorboardX.record_writer import RecordWriter
-        except ImportError:
-            raise ConfigError(
-                "training.tensorboard needs tensorboardX. Type: pip install 'revjax[tensorboard]'"
-            ) from None
         # Not SummaryWriter: its thread dies of a full disk, and then it waits for that thread for ever.
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
         self._writer, self._event, self._summary = RecordWriter(str(folder / name)), Event, Summary
+        self._start = SessionLog(status=SessionLog.START)
         self._flushed = 0.0
         self._write(0, file_version="brain.Event:2")
-        if start_step:
-            self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def go_back(self, step: int) -> None:
+        self._write(step + 1, session_log=self._start)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         values = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
@@ -63,21 +75,20 @@ class TensorBoard:
                 self._writer.close()
             raise
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases:
     """Sends to `project`, and keeps in `folder`/wandb what was not sent yet. A `run_id` goes on where it was there.
 
-    `config` is what is shown beside the run. Raises `ConfigError` where wandb is not installed or nobody is logged in.
+    It forgets nothing: steps that come again are there twice. `config` is what is shown beside the run. Raises
+    `ConfigError` where nobody is logged in.
     """
 
     def __init__(self, folder: pathlib.Path, *, project: str, run_id: str, name: str, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("training.wandb needs wandb. Type: pip install 'revjax[wandb]'") from None
+        import wandb
+
         try:
             self._run = wandb.init(
                 project=project,
@@ -86,7 +97,8 @@ class WeightsAndBiases:
                 name=name,
                 config=config,
                 dir=folder,
-                settings=wandb.Settings(console="off", silent=True),
+                reinit="create_new",  # a script may have a run of its own
+                settings=wandb.Settings(console="off", silent=True, finish_timeout=_FINISH_S),
             )
         except wandb.Error as e:
             raise ConfigError(
@@ -94,12 +106,17 @@ class WeightsAndBiases:
                 "`wandb sync`."
             ) from None
         self._run.define_metric("*", step_metric="step")  # wandb's own counter takes no step twice
+        if self._run.url:
+            get_logger(__name__).info("curves: %s", self._run.url)
+
+    def go_back(self, step: int) -> None:
+        pass
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log({"step": step, **numbers})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def curves(kind: str, line: dict[str, Any]) -> dict[str, float]:

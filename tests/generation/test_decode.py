@@ -60,8 +60,12 @@ def test_one_prompt_gives_one_row(model):
 def test_prompts_of_unequal_lengths_are_continued_as_each_alone(changes, options):
     model, prompts = make(**changes), [np.array([1, 5, 9]), np.array([60]), np.array([7, 0, 30, 2, 2, 11, 4])]
     options = {"max_new_tokens": 8, "temperature": 0} | options
-    together = generate(model, prompts, **options)
-    assert together.tolist() == [generate(model, prompt, **options).tolist() for prompt in prompts]
+    together, alone = generate(model, prompts, **options), [generate(model, prompt, **options) for prompt in prompts]
+    assert together.tolist() == np.stack(alone).tolist()
+    further = {"pad_to": 7 if "max_length" in changes else 9}
+    assert (
+        np.concatenate(list(stream(model, prompts[:2], **further, **options)), axis=1).tolist() == together[:2].tolist()
+    )
 
 
 def test_padding_changes_no_logits(model):
