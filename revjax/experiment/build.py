@@ -80,7 +80,7 @@ def next_token_loss(
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
-    The step is traced first and compiled while the text is read.
+    The step is traced first, and compiled while the text is read and the state is made.
 
     Args:
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
@@ -109,24 +109,26 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         )
         config = config.for_epochs_of(rows.rows_per_epoch)
         folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
-        program = program or Program.of(config, devices)
-        train_step = compiled.result() if compiled else program.lowered.compile()
+        if program is None or compiled is None:
+            program = Program.of(config, devices)
+            compiled = background.submit(program.lowered.compile)
+        state, meta, damaged = program.shapes, {}, {}
+        if not dry:
+            other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
+            if Checkpointer(folder.checkpoints).latest_step() is None:
+                state = program.begin(config.training.start_from, tokenizer)
+            else:
+                state, meta, damaged = _latest(program.shapes, folder, rows, other_data)
+        train_step = compiled.result()
     finally:
         background.shutdown(wait=False)
-    state, skeleton, meta, damaged = program.shapes, program.skeleton, {}, {}
-    if not dry:
-        other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
-        if Checkpointer(folder.checkpoints).latest_step() is None:
-            state = program.begin(config.training.start_from, tokenizer)
-        else:
-            state, meta, damaged = _latest(program.shapes, folder, rows, other_data)
-    eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
+    eval_step = jax.jit(make_eval_step(program.skeleton, next_token_loss))
     return Experiment(
         config=config,
         folder=folder,
         corpus=corpus,
         batches=rows,
-        skeleton=skeleton,
+        skeleton=program.skeleton,
         state=state,
         train_step=train_step,
         devices=devices,
