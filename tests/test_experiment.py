@@ -544,6 +544,26 @@ def wandb_values(folder):
     return seen
 
 
+def test_a_run_that_failed_before_its_first_step_may_begin_with_other_settings(text, tmp_path):
+    pytest.importorskip("tensorboardX")
+    ready = experiment.build(configure(text, tmp_path, "--training.tensorboard=true"))
+
+    def fails(state, batch):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        experiment.run(dataclasses.replace(ready, train_step=fails))
+    other = configure(text, tmp_path, "--training.tensorboard=true", "--model.loss_tile=256")
+    assert RunFolder(other.run.path, other).is_new
+
+
+@pytest.mark.parametrize("setting, extra", [("tensorboard=true", "tensorboard"), ("wandb=p", "wandb")])
+def test_a_tracker_that_is_not_installed_is_told_before_any_work(text, tmp_path, monkeypatch, setting, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"training.{extra} needs .* pip install 'revjax\[{extra}\]'"):
+        experiment.build(configure(text, tmp_path, f"--training.{setting}"), dry=True)
+
+
 @pytest.fixture(scope="module")
 def tracked(text, tmp_path_factory):
     """The folder of a run with both trackers that was stopped after 5 steps, and went on to 10."""

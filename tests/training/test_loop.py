@@ -376,6 +376,23 @@ def test_a_tracker_that_fails_is_dropped_and_ends_nothing(tmp_path, told):
     assert len(told) == 1 and told[0].startswith("TensorBoard gets no more curves: OSError: [Errno 28] No space left")
 
 
+def test_tensorboard_is_told_what_comes_again(tmp_path):
+    with MetricsLog(tmp_path, trackers=[TensorBoard(tmp_path / "board")]) as log:
+        for step in (1, 2, 3):
+            log.step(step=step, loss=1.0)
+        log.go_back(1)
+        log.step(step=2, loss=0.5)
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    (path,) = (tmp_path / "board").iterdir()
+    data, seen = path.read_bytes(), []
+    while data:  # length, checksum, event, checksum
+        size = int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        seen.append((event.step, event.session_log.status == SessionLog.START))
+    assert seen == [(0, False), (1, True), (1, False), (2, False), (3, False), (2, True), (2, False)]
+
+
 def test_a_full_disk_keeps_lines_of_the_log_in_memory_until_they_can_be_written(tmp_path, monkeypatch, told):
     real, full = os.write, [False]
 
