@@ -98,6 +98,35 @@ def test_a_coupling_without_inverse_needs_a_plan():
         total(coupling=core.Residual())
 
 
+class Euler(core.AbstractCoupling):
+    """A user's own, as short as it can be: nothing in it can be undone."""
+
+    def forward(self, x_prev, x, fx, n):
+        return x + fx
+
+
+class RoundedEuler(Euler):
+    def forward_exact(self, grid, q_prev, q, fx, n):
+        return q + grid.encode(fx), None
+
+
+@pytest.mark.parametrize(
+    "coupling, exact, error, message",
+    [
+        (Euler(), False, NotImplementedError, "Euler has no inverse: use plan 'inputs' or 'all'"),
+        (Euler(), True, TypeError, "Euler has no exact arithmetic: pass exact=False"),
+        (RoundedEuler(), True, NotImplementedError, "RoundedEuler has no exact inverse: use plan 'inputs' or 'all'"),
+    ],
+)
+def test_a_coupling_of_ones_own_that_cannot_be_undone_says_what_to_do(coupling, exact, error, message):
+    with pytest.raises(error, match=message):
+        jax.grad(lambda w: total(w, coupling=coupling, exact=exact))(W)
+    if error is NotImplementedError:  # what the message says does help
+        for plan in ("inputs:1", "all"):
+            of_plan = lambda w, plan=plan: total(w, coupling=coupling, exact=exact, plan=plan)
+            assert jax.grad(of_plan)(W).shape == W.shape
+
+
 def test_caches_run_forward_only():
     run = lambda w: Run(lambda w, x, cache: (f(w, x), {"cache": cache + 1}), w, None, jnp.zeros(3))
     assert reversible_scan(run(W), X).cache[0][0].tolist() == [1.0, 1.0, 1.0]
