@@ -21,6 +21,7 @@ first, but only the outermost `jax.jit` may set options):
   It compiles a small loop as one function. `opaque_zero` keeps it from that.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -260,11 +261,14 @@ def _sum(x, axes: Sequence[int]):
     axes = tuple(axes)
     if not axes or x.size == 0:
         return jnp.sum(x, axes)
-    ones = jnp.ones((*(x.shape[i] for i in axes), 1), x.dtype)
-    dims = ((axes, tuple(range(len(axes)))), ((), ()))
+    ones, of_ones = jnp.ones([x.shape[i] for i in axes], x.dtype), tuple(range(len(axes)))
     wide, highest = jnp.promote_types(x.dtype, jnp.float32), jax.lax.Precision.HIGHEST
-    total = jax.lax.dot_general(x, ones, dims, precision=highest, preferred_element_type=wide)
-    return jnp.squeeze(total, -1).astype(x.dtype)
+    dot = functools.partial(jax.lax.dot_general, precision=highest, preferred_element_type=wide)
+    if x.ndim - 1 in axes:  # sums of rows
+        total = dot(x, ones[..., None], ((axes, of_ones), ((), ())))[..., 0]
+    else:  # of columns: 3 to 5 times faster on CPU from this side, and a fifth of a whole step at T = 512
+        total = dot(ones[None], x, (((*(i + 1 for i in of_ones),), axes), ((), ())))[0]
+    return total.astype(x.dtype)
 
 
 def _is_of_whole_axes(x, *, window_dimensions, window_strides, padding, base_dilation, window_dilation) -> bool:
