@@ -123,7 +123,7 @@ def kept_bits(config: RunConfig) -> float:
     """Bits for each element of a stream and f that the backward pass finds: kept bits, or what `inputs` keeps."""
     coupling = parse_coupling(config.model.coupling)
     fns = 1 if config.model.granularity == "block" else 2
-    return float(getattr(coupling, "shift", 0)) if coupling.reversible else 32 / fns
+    return float(coupling.kept_bits) if coupling.reversible else 32 / fns
 
 
 @dataclasses.dataclass(frozen=True)

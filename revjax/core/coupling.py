@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..config import import_function
 from .streams import FixedPoint, pack_bits, unpack_bits
 
 PyTree = Any
@@ -42,6 +43,7 @@ class AbstractCoupling(abc.ABC):
     reversible: bool = True  # False: no inverse, so the plan must keep something
     linear: bool = False  # forward is linear in (x[l-1], x[l], f): by_tokens needs that
     readout: str = "mean"  # what a stack returns: the "mean" of the last two streams, or the "last"
+    kept_bits: int = 0  # for each element and f, of exact streams
     order: int = 2  # how many streams a step needs: 2, or 1 where x[l-1] is not used
 
     def numbers(self, num_fns: int, x: jax.Array) -> PyTree:
@@ -103,6 +105,10 @@ class LinearCoupling(AbstractCoupling):
             raise ValueError(f"sign must be 1 or -1, but got {self.sign}.")
         if self.shift not in (0, 1, 2, 4, 8):
             raise ValueError(f"shift must be 0, 1, 2, 4 or 8 (kept bits that fill a byte), but got {self.shift}.")
+
+    @property
+    def kept_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.shift
 
     def numbers(self, num_fns, x):
         arrays = {k: v for k, v in (("sign", self.sign), ("h", self.h)) if not isinstance(v, (int, float))}
@@ -219,6 +225,10 @@ class BDIA(AbstractCoupling):
         if self.shift not in (1, 2, 4, 8):
             raise ValueError(f"shift must be 1, 2, 4 or 8 (kept bits that fill a byte), but got {self.shift}.")
 
+    @property
+    def kept_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.shift
+
     def numbers(self, num_fns, x):
         if self.key is None:
             raise ValueError("BDIA draws its signs from a key, a new one for every step: BDIA(key=key).")
@@ -287,11 +297,18 @@ COUPLINGS = {
 def parse_coupling(text: str) -> AbstractCoupling:
     """Reads "revnet", "midpoint:0.5", "leapfrog:0.5", "momentum:0.25", "near-residual:4", "bdia:1" or "residual".
 
-    The number after the colon is the coupling's one argument; without it, the default.
+    The number after the colon is the coupling's one argument; without it, the default. "package.module:function" is
+    one of your own: what the function returns, called without arguments.
     """
     name, _, number = text.partition(":")
+    if "." in name:
+        coupling = import_function(text, what="coupling", known=COUPLINGS)()
+        if not isinstance(coupling, AbstractCoupling):
+            raise ValueError(f"{text} must return a coupling, but it returned a {type(coupling).__name__}.")
+        return coupling
     if name not in COUPLINGS:
-        raise ValueError(f"A coupling is one of {', '.join(COUPLINGS)}, but got {text!r}.")
+        own = "or package.module:function for one of your own"
+        raise ValueError(f"A coupling is one of {', '.join(COUPLINGS)}, {own}, but got {text!r}.")
     if not number:
         return COUPLINGS[name]()
     if name in ("revnet", "residual"):

@@ -44,7 +44,8 @@ def _by_chunks(branch: nnx.Module, x_BTD: jax.Array) -> jax.Array:
 def residual_loss(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, *, remat: bool = True) -> jax.Array:
     """The mean cross-entropy of `model`, run as an ordinary residual network; same attention, same fused loss."""
     dtype = jnp.dtype(model.config.dtype)
-    x_BTD = model.norm(residual_stack(model, model.embedding.encode(tokens_BT).astype(dtype), remat=remat))
+    x_BTD = residual_stack(model, model.embedding.encode(tokens_BT).astype(dtype), remat=remat)
+    x_BTD = model.read_out(x_BTD, x_BTD) if model.readout == "concat" else model.norm(x_BTD)
     loss, weight = cross_entropy(x_BTD, model.head_kernel, targets_BT, tile_tokens=model.config.loss_tile, dtype=dtype)
     return loss / weight
 

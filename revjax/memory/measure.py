@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..core.plan import Plan
-from ..models.decoder import Decoder, DecoderConfig
+from ..models.decoder import Decoder
+from ..models.decoder_config import DecoderConfig
 from ..models.gradients import value_and_grad
 from .baseline import checkpoint_loss, stored_loss
 

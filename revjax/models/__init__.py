@@ -8,7 +8,7 @@ from .cost import layer_forward_flops as layer_forward_flops
 from .cost import num_params as num_params
 from .cost import summary as summary
 from .decoder import Decoder as Decoder
-from .decoder import DecoderConfig as DecoderConfig
+from .decoder_config import DecoderConfig as DecoderConfig
 from .gradients import Report as Report
 from .gradients import stacks_of as stacks_of
 from .gradients import value_and_grad as value_and_grad

@@ -3,7 +3,8 @@
 import jax
 from flax import nnx
 
-from .decoder import Decoder, DecoderConfig
+from .decoder import Decoder
+from .decoder_config import DecoderConfig
 
 
 def num_params(model: nnx.Module) -> int:
@@ -42,6 +43,8 @@ def summary(model: Decoder) -> str:
     rows = [("embedding", f"{config.vocab_size} x {config.d_model}", num_params(model.embedding))]
     for branches, length in zip(stack.runs, stack.lengths, strict=True):
         rows += [(f"{length} x {type(b).__name__}", _shape_of(b, config), num_params(b)) for b in branches]
+    if model.second_embedding is not None:
+        rows.append(("second embedding", rows[0][1], num_params(model.second_embedding)))
     head = "tied to the embedding" if model.head is None else f"{config.d_model} x {config.vocab_size}"
     rows.append(("norm, head", head, num_params(model.norm) + (0 if model.head is None else num_params(model.head))))
     rows.append(("total", f"{config.coupling}, {'exact' if config.exact else 'float'} streams", num_params(model)))

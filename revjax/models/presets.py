@@ -3,7 +3,7 @@
 import dataclasses
 
 from ..errors import nearest
-from .decoder import DecoderConfig
+from .decoder_config import DecoderConfig
 
 _TINY = DecoderConfig(d_model=128, num_layers=12, num_heads=4, qk_norm=True)
 _SMALL = DecoderConfig(vocab_size=50_304, d_model=512, num_layers=12, num_heads=8, qk_norm=True)

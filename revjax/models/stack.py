@@ -154,7 +154,7 @@ class ReversibleStack(nnx.Module):
 
     def scan(
         self,
-        x: jax.Array,
+        x: jax.Array | tuple[jax.Array, jax.Array],
         *,
         key: jax.Array | None = None,
         context: PyTree = None,
@@ -166,7 +166,7 @@ class ReversibleStack(nnx.Module):
         """As calling it, with all that comes out: both streams, auxiliary outputs, caches, unsafe counts.
 
         Args:
-          x: (B, ..., D) floats.
+          x: (B, ..., D) floats; or the two streams to start from.
           key: for the randomness of this step; None where nothing is random.
           context: what every branch gets as `context=`, with gradients.
           cache: for each run, for each branch of its period, a cache with a leading axis of repeats, or None.

@@ -171,3 +171,19 @@ def test_a_coupling_that_cannot_be_read_is_an_error(text):
     with pytest.raises(ValueError, match="coupling|shift must be"):
         core.parse_coupling(text)
     assert core.parse_coupling("near-residual:4") == core.NearResidual(4)
+
+
+def test_a_coupling_of_ones_own_is_named_by_its_module():
+    assert isinstance(core.parse_coupling(f"{__name__}:euler"), Euler)
+    with pytest.raises(ValueError, match=f"{__name__}:number must return a coupling, but it returned a float"):
+        core.parse_coupling(f"{__name__}:number")
+    with pytest.raises(ValueError, match="no function 'eulr'. Did you mean 'euler'"):
+        core.parse_coupling(f"{__name__}:eulr")
+
+
+def euler():
+    return Euler()
+
+
+def number():
+    return 0.5

@@ -22,6 +22,10 @@ VARIANTS = {
     "block": dataclasses.replace(TINY, granularity="block", coupling="midpoint:0.5", gated=False, activation="gelu"),
     "near-residual": dataclasses.replace(TINY, coupling="near-residual:1"),
     "residual": dataclasses.replace(TINY, coupling="residual", exact=False),
+    "last": dataclasses.replace(TINY, readout="last", second_stream="zero"),
+    "learned read-out": dataclasses.replace(TINY, readout="learned", layer_scale=0.5),
+    "concat": dataclasses.replace(TINY, readout="concat", second_stream="own", norm="layer"),
+    "own coupling": dataclasses.replace(TINY, coupling="revjax.benchmarking.couplings:alternating"),
 }
 
 
@@ -44,13 +48,12 @@ def test_the_loss_is_that_of_the_logits(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_sees_a_later_one(name):
     model = make(VARIANTS[name])
-    embed = lambda tokens: jax.nn.one_hot(tokens, 50)
     seen = []
     for t in (0, 11):
         other = TOKENS.at[:, t + 1 :].set((TOKENS[:, t + 1 :] + 7) % 50)
         seen.append(jnp.array_equal(model(TOKENS)[:, : t + 1], model(other)[:, : t + 1]))
         assert not jnp.array_equal(model(TOKENS)[:, t + 1 :], model(other)[:, t + 1 :])
-    assert all(seen) and embed is not None
+    assert all(seen)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -68,6 +71,66 @@ def test_cached_logits_equal_the_full_pass(name):
     exact = make(VARIANTS[name])
     logits, _ = decode(exact, TOKENS, exact.init_cache(2, 24))
     np.testing.assert_allclose(logits, exact(TOKENS), atol=1e-3)
+
+
+def rms_norm(x):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+
+
+READOUTS = {  # of two streams, with a and c the learned factors
+    "mean": lambda x, y, a, c: rms_norm((x + y) / 2),
+    "last": lambda x, y, a, c: rms_norm(y),
+    "learned": lambda x, y, a, c: rms_norm(a[None, None] * x + c[None, None] * y),
+    "concat": lambda x, y, a, c: (lambda both: both[..., :32] + both[..., 32:])(rms_norm(jnp.concatenate([x, y], -1))),
+}
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_the_head_reads_what_the_read_out_says(readout):
+    model = make(dataclasses.replace(TINY, readout=readout))
+    a, c = jax.random.normal(jax.random.key(1), (2, 32))
+    if readout == "learned":
+        model.readout_scale[...] = jnp.stack([a, c])
+    x = model.embedding.encode(TOKENS)
+    streams = model.stack.scan((x, x)).streams
+    assert not jnp.array_equal(*streams)
+    np.testing.assert_allclose(model.hidden(TOKENS), READOUTS[readout](*streams, a, c), atol=1e-5)
+
+
+@pytest.mark.parametrize("second_stream", ["copy", "zero", "own"])
+def test_the_second_stream_begins_as_is_said(second_stream):
+    model = make(dataclasses.replace(TINY, second_stream=second_stream))
+    x = model.embedding.encode(TOKENS)
+    own = model.second_embedding.encode(TOKENS) if model.second_embedding is not None else None
+    begins = {"copy": x, "zero": 0 * x, "own": own}[second_stream]
+    np.testing.assert_array_equal(model.hidden(TOKENS), model.read_out(*model.stack.scan((begins, x)).streams))
+    assert ("second embedding" in summary(model)) == (second_stream == "own")
+
+
+def test_a_layer_scale_is_a_learned_factor_of_each_increment():
+    plain, scaled, halved = (make(dataclasses.replace(TINY, layer_scale=s)) for s in (None, 1.0, 0.5))
+    np.testing.assert_array_equal(plain(TOKENS), scaled(TOKENS))
+    assert not jnp.allclose(plain(TOKENS), halved(TOKENS), atol=1e-3)
+    grads = revjax.value_and_grad(lambda m: mean_loss(m, TOKENS))(scaled)[1]
+    assert all(jnp.abs(branch["scale"][...]).min() > 0 for branch in grads["stack"]["runs"][0].values())
+
+
+@pytest.mark.parametrize("name", ["last", "learned read-out", "concat", "own coupling"])
+def test_every_setting_of_the_streams_is_rebuilt_to_the_bit(name):
+    model = make(dataclasses.replace(VARIANTS[name], dtype="bfloat16", dropout=0.1, num_layers=8))
+    key = jax.random.key(2)
+    (_, report), grads = jax.jit(revjax.value_and_grad(lambda m: mean_loss(m, TOKENS, key=key)))(model)
+    stored = revjax.Decoder(model.config, plan="all", rngs=nnx.Rngs(0))
+    _, expected = jax.jit(revjax.value_and_grad(lambda m: mean_loss(m, TOKENS, key=key)))(stored)
+    assert report.canary == report.unsafe == 0
+    jax.tree.map(np.testing.assert_array_equal, grads, expected)
+
+
+@pytest.mark.parametrize("coupling", ["residual", "bdia:1"])
+@pytest.mark.parametrize("setting", [{"readout": "mean"}, {"readout": "concat"}, {"second_stream": "zero"}])
+def test_one_stream_has_no_second_to_read_or_to_begin(coupling, setting):
+    with pytest.raises(ValueError, match="ordinary network, which has one stream: readout must be auto or last"):
+        dataclasses.replace(TINY, coupling=coupling, **setting)
 
 
 def test_packed_documents_do_not_see_each_other():
