@@ -141,9 +141,10 @@ def _calls_of_stacks(run: Callable) -> list[tuple[ReversibleStack, jax.Array, di
     return calls
 
 
-def _check_branches(stack: ReversibleStack, x: jax.Array, keywords: dict, faults: list[str], notes: list[str]) -> None:
-    """Runs each kind of branch by itself, with the parameters of its first layer."""
+def _check_branches(stack: ReversibleStack, x, keywords: dict, faults: list[str], notes: list[str]) -> None:
+    """Runs each kind of branch by itself, with the parameters of its first layer, on what the first f reads."""
     keywords = _of_branches(keywords)
+    _, x = x if isinstance(x, tuple) else (None, x)
     x, key = jnp.asarray(x, jnp.float32), keywords.pop("key", None)
     context = {"context": keywords.pop("context")} if "context" in keywords else {}
     for branch in (branch for branches in stack.runs for branch in branches):
