@@ -108,6 +108,13 @@ def test_help_explains_every_field(capsys, command, field):
     assert field in capsys.readouterr().out.replace("num_layers", "num-layers")
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_in_silence():
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--help"]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
 def test_the_resolved_config_can_be_printed(capsys):
     assert cli.main(["train", TINY, "--print-config", "--model.num_layers=7"]) == 0
     out = capsys.readouterr().out

@@ -90,7 +90,9 @@ def test_a_run_leaves_what_it_says(finished):
     assert {line["canary"] for line in lines} == {0} and {line["unsafe"] for line in lines} == {0}
     assert [line["step"] for line in read_metrics(folder / "validation.jsonl")] == [0, 5, 10]
     assert (folder / "sample.txt").read_text().startswith("def ") and result.sample.startswith("def ")
-    assert result.exit_code == 0 and "finished at step 10" in experiment.summarize(result)
+    summary = experiment.summarize(result)
+    assert result.exit_code == 0 and " finished at step 10" in summary and "was finished" not in summary
+    assert "at each of 10 steps (canary 0, unsafe 0)" in summary
 
 
 def test_ten_steps_are_five_and_five_to_the_bit(finished, tmp_path, text):
@@ -118,7 +120,9 @@ def test_a_finished_run_is_left_as_it_is(finished):
     config, ready, result = finished
     before = (config.run.path / "metrics.jsonl").read_text()
     again = dataclasses.replace(ready, state=result.outcome.state)  # what build returns, without compiling again
-    assert again.start_step == 10 and experiment.run(again).outcome.ended == "finished"
+    assert again.start_step == 10 and "nothing is left to do" in experiment.announce(again)
+    repeated = experiment.run(again)
+    assert repeated.outcome.ended == "finished" and "was finished at step 10" in experiment.summarize(repeated)
     assert (config.run.path / "metrics.jsonl").read_text() == before
 
 
@@ -359,7 +363,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(text, tmp_pat
 )
 def test_exit_codes_are_those_of_the_docs(finished, tmp_path, ended, number, code):
     outcome = dataclasses.replace(finished[2].outcome, ended=ended, signal=number)
-    assert experiment.Result(outcome, 0.0, None, tmp_path).exit_code == code
+    assert experiment.Result(outcome, 0, 0.0, None, tmp_path).exit_code == code
 
 
 def test_what_a_run_left_before_its_first_step_is_no_run(text, tmp_path):
@@ -560,7 +564,7 @@ def test_a_run_that_failed_before_its_first_step_may_begin_with_other_settings(t
 @pytest.mark.parametrize("setting, extra", [("tensorboard=true", "tensorboard"), ("wandb=p", "wandb")])
 def test_a_tracker_that_is_not_installed_is_told_before_any_work(text, tmp_path, monkeypatch, setting, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"training.{extra} needs .* pip install 'revjax\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf"training.{extra} needs .* pip install {extra}"):
         experiment.build(configure(text, tmp_path, f"--training.{setting}"), dry=True)
 
 

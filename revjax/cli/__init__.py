@@ -4,6 +4,7 @@ A mistake of the user's is one message on stderr and exit code 2. Results go to 
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def call(command: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs one command (default: with the command line's words). Returns its exit code: 2 for a user's mistake."""
     try:
-        return command(list(sys.argv[1:] if argv is None else argv))
+        code = command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except RevjaxError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read stdout has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:  # while nothing was under way that could be saved
         print("Interrupted.", file=sys.stderr)
         return 130

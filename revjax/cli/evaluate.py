@@ -6,13 +6,17 @@ from ..logging import setup
 from .words import leading_names, one_name, take
 
 USAGE = "revjax evaluate runs/NAME [--source=PATH] [--max_batches=100]"
+DESCRIPTION = f"""{USAGE}
+
+Prints the loss of the model of a run, at its latest checkpoint, on the whole text that the run held out, or on
+another."""
 
 
 def evaluate(argv: list[str]) -> int:
     """Prints the loss of the model of a run on a text; returns the exit code."""
     names, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(help_text(experiment.EvaluateConfig, prog="revjax evaluate", description=USAGE))
+        print(help_text(experiment.EvaluateConfig, prog="revjax evaluate", description=DESCRIPTION))
         return 0
     options = load(experiment.EvaluateConfig, (), settings, environ={})
     experiment.use_compilation_cache("auto")

@@ -8,7 +8,7 @@ from .words import leading_names, take
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
 DESCRIPTION = f"""{USAGE}
 
-Trains a byte-level language model and leaves everything in runs/NAME. Run again, it continues where it ended.
+Trains a language model and leaves everything in runs/NAME. Run again, it continues where it ended.
 --print-config shows every value and where it was set. --dry-run checks everything, tells what the run would need,
 and trains nothing. A run that was begun refuses other settings, but not those that are named, such as
 --allow-change=training.steps,training.eval_every. --log-format=json writes one JSON object a line to stderr.

@@ -184,7 +184,7 @@ def _pyarrow(path: pathlib.Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: Parquet and datasets need pyarrow. Type: pip install 'revjax[data]'") from None
+        raise DataError(f"{path}: Parquet and datasets need pyarrow. Type: pip install pyarrow") from None
     return pyarrow
 
 

@@ -92,6 +92,6 @@ def unpacked(path: pathlib.Path, file: IO[bytes]) -> io.TextIOWrapper:
         raw = lzma.LZMAFile(file)
     elif suffix == ".zst":
         if zstandard is None:
-            raise DataError(f"{path}: .zst needs zstandard. Type: pip install 'revjax[data]'")
+            raise DataError(f"{path}: .zst needs zstandard. Type: pip install zstandard")
         raw: Any = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     return io.TextIOWrapper(raw, encoding="utf-8", newline="")  # pyright: ignore[reportArgumentType]

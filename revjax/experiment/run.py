@@ -40,6 +40,7 @@ class Result:
     """How a run ended."""
 
     outcome: Outcome
+    start_step: int
     seconds: float
     sample: str | None
     folder: pathlib.Path
@@ -58,6 +59,7 @@ def run(experiment: Experiment) -> Result:
     The arrays of `experiment.state` are used up.
     """
     config, folder, started = experiment.config, experiment.folder, time.perf_counter()
+    start_step = experiment.start_step
     made_with = {"versions": versions(), "git": git_revision(), "backend": jax.default_backend()}
     folder.claim(", ".join(filter(None, made_with.values())))
     try:
@@ -101,7 +103,7 @@ def run(experiment: Experiment) -> Result:
         raise
     finally:
         folder.release()
-    return Result(outcome, time.perf_counter() - started, sample, folder.path)
+    return Result(outcome, start_step, time.perf_counter() - started, sample, folder.path)
 
 
 def _work(experiment: Experiment) -> Work:

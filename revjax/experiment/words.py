@@ -33,8 +33,10 @@ def announce(experiment: Experiment) -> str:
         f"d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
         "text": _texts(corpus),
         "training": f"{steps - start:,} steps of {data.batch_size} x {data.sequence_length} tokens: {tokens:,} tokens, "
-        f"{_number(steps * data.batch_size / experiment.batches.rows_per_epoch)} epochs, "
-        f"{flops:.2g} floating-point operations",
+        f"{_number((steps - start) * data.batch_size / experiment.batches.rows_per_epoch)} epochs, "
+        f"{flops:.2g} floating-point operations"
+        if start < steps
+        else f"nothing is left to do. For more: --training.steps={2 * steps} --allow-change=training.steps",
         "state": _state_bytes(experiment.state),
         "activations": f"{reversible} with coupling {model.coupling} and plan {config.memory.plan}; "
         f"{checkpoint} with jax.checkpoint, {stored} stored",
@@ -82,24 +84,39 @@ def summarize(result: Result) -> str:
     """What a run has come to, in a few lines."""
     outcome, folder = result.outcome, result.folder
     step = int(outcome.state.step)
+    already = "" if step > result.start_step else "was "
     ended = {
-        "finished": f"finished at step {step:,}",
+        "finished": f"{already}finished at step {step:,}",
         "interrupted": f"interrupted after step {step:,}; the same command continues from there",
         "stopped": f"stopped at step {step:,}, because of a gradient that is not to be trusted (see above)",
     }[outcome.ended]
-    held_out = read_metrics(folder / "validation.jsonl")
     skipped = int(outcome.state.skipped)
     lines = {
         "run": ended + (f", {skipped} updates left out" if skipped else ""),
-        "training": f"{result.seconds:.0f} s",
-        "held out": _first_to_last(held_out),
+        "took": f"{result.seconds:.0f} s",
+        "exactness": _exactness(read_metrics(folder / "metrics.jsonl")),
+        "held out": _first_to_last(read_metrics(folder / "validation.jsonl")),
         "results": f"{folder}/: checkpoints/, metrics.jsonl, validation.jsonl, loss.png"
         + (", sample.txt" if result.sample else ""),
     }
     text = "\n".join(f"{name:<12} {line}" for name, line in lines.items() if line)
     if result.sample:
-        text += f"\n\n{result.sample}\n\nFor more: python scripts/generate.py {folder} --prompt='class '"
+        text += f"\n\nA sample:\n\n{result.sample}\n\n"
+        text += (
+            f"On: python scripts/generate.py {folder} --prompt='class '\n"
+            f"    python scripts/evaluate.py {folder}   # on all of the held-out text"
+        )
     return text
+
+
+def _exactness(lines: list[dict[str, Any]]) -> str:
+    if not lines:
+        return ""
+    wrong = [line["step"] for line in lines if line["canary"] or line["unsafe"]]
+    if not wrong:
+        return f"every stream was rebuilt to the bit, at each of {len(lines):,} steps (canary 0, unsafe 0)"
+    rows, elements = (sum(line[name] for line in lines) for name in ("canary", "unsafe"))
+    return f"canary {rows:,}, unsafe {elements:,}, at {len(wrong):,} of {len(lines):,} steps, first at {wrong[0]:,}"
 
 
 def _first_to_last(lines: list[dict[str, Any]]) -> str:
@@ -107,6 +124,8 @@ def _first_to_last(lines: list[dict[str, Any]]) -> str:
         return ""
     number = lambda line: "no number" if line["bits_per_byte"] is None else f"{line['bits_per_byte']:.3f}"
     first, last = lines[0], lines[-1]
+    if first is last:
+        return f"{number(first)} bits/byte at step {first['step']:,}"
     return f"{number(first)} bits/byte at step {first['step']:,}, {number(last)} at step {last['step']:,}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from .stack import Canary, MutatedVariableError, ReversibleStack, variables
 
@@ -23,6 +24,11 @@ class Report:
     """
 
     stacks: dict[str, jax.Array]
+
+    def __repr__(self) -> str:
+        if any(isinstance(stack, Tracer) for stack in self.stacks.values()):
+            return f"Report({self.stacks})"
+        return f"Report(canary={self.canary:.0f}, unsafe={self.unsafe:.0f}, max_abs={self.max_abs:.4g})"
 
     def _column(self, i: int) -> list[jax.Array]:
         return [stack[:, i] for stack in self.stacks.values()]

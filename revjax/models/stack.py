@@ -255,7 +255,12 @@ def branch_function(
         given = dict(shared or {}, **static, key=key, context=context, tape=tape, cache=cache)
         given = {k: v for k, v in given.items() if v is not None and (k in keywords or ... in keywords)}
         before = variables(module)
-        increment = module(x, **given)
+        try:
+            increment = module(x, **given)
+        except Exception as e:
+            name, shape = type(module).__name__, list(x.shape)
+            e.add_note(f"This was in {name}, a block of a ReversibleStack, called with x of {x.dtype}{shape}.")
+            raise
         _refuse_mutation(module, before)
         _refuse_unnamed(type(module).__name__, increment, keywords)
         return increment

@@ -36,6 +36,7 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
         last = axes.annotate(
             f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), "data", "offset points", ha="right", color=_HELD_OUT
         )
+        last.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # curves run beneath
         last.set_in_layout(False)
     lowest = min([*losses, *(line["bits_per_byte"] for line in held_out)])
     # The first steps are far above all that follows: leave them out of the frame rather than flatten the rest.

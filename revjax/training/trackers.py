@@ -37,7 +37,7 @@ def check_installed(config: Any) -> None:
     for wanted, name in ((config.tensorboard, "tensorboardX"), (config.wandb is not None, "wandb")):
         if wanted and importlib.util.find_spec(name) is None:
             extra = name.removesuffix("X")
-            raise ConfigError(f"training.{extra} needs {name}. Type: pip install 'revjax[{extra}]'")
+            raise ConfigError(f"training.{extra} needs {name}. Type: pip install {name}")
 
 
 class TensorBoard:

@@ -172,6 +172,18 @@ def test_overflow_names_the_layer_and_the_bits_to_set():
     assert report.unsafe == 0 and report.describe(wider) == ""
 
 
+def test_a_report_is_read_at_a_glance():
+    (_, report), _ = revjax.value_and_grad(loss_fn)(revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0)), X)
+    assert repr(report).startswith("Report(canary=0, unsafe=0, max_abs=")
+
+
+def test_an_error_inside_a_block_says_in_which():
+    stack = revjax.ReversibleStack([Mixer, Convolution], num_layers=2, rngs=nnx.Rngs(0))
+    with pytest.raises(Exception) as e:
+        stack(X[..., :8])
+    assert "in Mixer, a block of a ReversibleStack, called with x of float32[2, 8, 8]" in "".join(e.value.__notes__)
+
+
 def test_a_block_that_holds_randomness_is_refused_with_the_way_out():
     class Dropped(Mixer):
         def __init__(self, rngs):
