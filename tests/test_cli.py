@@ -100,6 +100,14 @@ def test_commands_are_listed_and_misspelt_ones_corrected(capsys):
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("revjax ")
 
 
+@pytest.mark.parametrize("plot, why", [("no/such/a.png", "No such file"), ("a.xyz", "Format 'xyz' is not supported")])
+def test_a_plot_that_cannot_be_written_is_one_message(here, capsys, plot, why):
+    (here / "runs" / "a").mkdir(parents=True)
+    (here / "runs" / "a" / "config.yaml").write_text("")
+    assert cli.main(["runs", f"--plot={plot}"]) == 2
+    assert f"Cannot write the plot to {plot!r} (--plot): {why}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command, field", [("train", "--model.num-layers"), ("generate", "--temperature"), ("check", "--model.coupling")]
 )

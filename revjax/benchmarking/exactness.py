@@ -6,6 +6,7 @@ errors that float streams show only after training show at once.
 
 import contextlib
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def exactness(config: ExactnessConfig) -> dict[str, float | str]:
             row["unpinned_rows_wrong"] = float(jax.jit(lambda m: _gradient(m, tokens, key)[0][1].canary)(model))
         model.stack.exact = False
         x = model.embedding.encode(tokens[:, :-1])
-        row["float_error"] = float(model.stack.reconstruction_error(x, key=key).max()) / row["max_abs"]
+        error = float(model.stack.reconstruction_error(x, key=key).max()) / row["max_abs"]
+        row["float_error"] = error if math.isfinite(error) else None  # JSON has no infinity
     return row
 
 

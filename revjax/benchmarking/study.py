@@ -68,6 +68,12 @@ def compare(config: StudyConfig, *, measure: bool = True) -> Iterator[Row]:
     where it was when the study is started again.
     """
     path = pathlib.Path(config.results)
+    if measure:
+        try:  # before an hour is spent
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as e:
+            raise ConfigError(f"Cannot write to {path} (results): {e.strerror}.") from None
     known = {(row["variant"], row["seed"], row["settings"]): row for row in read_metrics(path)}
     runs = {(v, seed): config.run_config(v, seed) for seed in config.seeds for v in config.variants}  # or a mistake
     for i, ((variant, seed), run_config) in enumerate(runs.items(), 1):
@@ -77,7 +83,6 @@ def compare(config: StudyConfig, *, measure: bool = True) -> Iterator[Row]:
             row = _measure(variant, seed, run_config)
             if row is None:
                 return
-            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             shutil.rmtree(run_config.run.path)

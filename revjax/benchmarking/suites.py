@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ..errors import ConfigError
 from ..logging import get_logger
 from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
 from .gradients import GradientsConfig, gradients
@@ -80,14 +81,18 @@ def run_suite(name: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields every row of a suite; those already in `folder`/NAME.jsonl under this jax are read, not measured."""
     measure, configs = SUITES[name]
     path = folder / f"{name}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:  # before an hour is spent
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as e:
+        raise ConfigError(f"Cannot write to {path}: {e.strerror}. Give another folder: --folder=FOLDER.") from None
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     for i, config in enumerate(configs):
         get_logger(__name__).info("%s: row %d of %d", name, i + 1, len(configs))
         wanted = {"jax": jax.__version__, "backend": jax.default_backend()} | dataclasses.asdict(config)
         row = next((row for row in rows if wanted.items() <= row.items()), None)
         if row is None:
             row = wanted | measure(config)
-            folder.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
         yield row

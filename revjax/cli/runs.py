@@ -24,5 +24,11 @@ def runs(argv: list[str]) -> int:
     summaries = [summarize_run(folder) for folder in folders]
     print(table(summaries))
     for word in settings[-1:]:
-        plot_runs(summaries, pathlib.Path(word.removeprefix("--plot=")))
+        path = word.removeprefix("--plot=")
+        try:
+            plot_runs(summaries, pathlib.Path(path))
+        except (OSError, ValueError) as e:  # no such folder; no such format
+            raise ConfigError(
+                f"Cannot write the plot to {path!r} (--plot): {getattr(e, 'strerror', None) or e}"
+            ) from None
     return 0

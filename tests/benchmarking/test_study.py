@@ -89,11 +89,13 @@ def test_shipped_studies_have_runs_that_can_be_made(path, monkeypatch):
     "settings, message",
     [
         (["--baseline=ordinry"], "there is no variant 'ordinry'. Did you mean 'ordinary'"),
+        (["--results=study.yaml/a.jsonl"], "Cannot write to study.yaml/a.jsonl .results.: "),
         (["--seeds=[1, 1]"], "seeds must be different numbers"),
         (["--variants={half: {model.couplng: revnet}}"], "unknown field 'model.couplng'. Did you mean 'coupling'"),
     ],
 )
-def test_a_study_that_cannot_be_made_is_refused_before_any_run(study, settings, message):
+def test_a_study_that_cannot_be_made_is_refused_before_any_run(study, monkeypatch, settings, message):
+    monkeypatch.chdir(study.parent)
     with pytest.raises(ConfigError, match=message):
         list(compare(load(StudyConfig, study, settings, environ={})))
     assert not (study.parent / "runs").exists()

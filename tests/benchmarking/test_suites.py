@@ -27,6 +27,12 @@ def test_an_unknown_suite_is_refused(capsys, tmp_path, monkeypatch):
     assert "Did you mean 'speed'" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["benchmark", "memory", f"--folder={tmp_path}/file/x"]) == 2
+    assert "x/memory.jsonl: Not a directory. Give another folder: --folder=" in capsys.readouterr().err
+
+
 def test_gradients_are_compared_with_the_stored_run_and_its_own_floor():
     sizes = dict(num_layers=2, d_model=32, sequence_length=16, batch_size=1)
     row = gradients(GradientsConfig(coupling="near-residual:1", dtype="bfloat16", **sizes))
