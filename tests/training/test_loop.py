@@ -281,6 +281,25 @@ def test_a_run_that_went_back_resumes_as_if_it_had_not_been_stopped(tmp_path, pa
     assert troubles[0] == troubles[1] and len(troubles[0]) == 1
 
 
+def test_rewind_goes_past_a_checkpoint_that_is_damaged(tmp_path, parts, told):
+    latest = tmp_path / "checkpoints" / "5"
+
+    def damages_and_spoils(i, row):
+        if i != 7 or (tmp_path / "trouble.jsonl").stat().st_size:
+            return row
+        while not latest.exists():  # it is being written
+            time.sleep(0.01)
+        for path in (path for path in latest.rglob("*") if path.is_file()):
+            path.write_bytes(path.read_bytes()[:-1])
+        return spoil(7, NAN)(i, row)
+
+    outcome = run(tmp_path, parts, before_step=damages_and_spoils, on_trouble="rewind")
+    assert outcome.ended == "finished" and int(outcome.state.step) == 10
+    (line,) = read_metrics(tmp_path / "trouble.jsonl")
+    assert (line["step"], line["to_step"], line["resume_data"]["step"]) == (8, 0, 8)
+    assert any("5 is damaged" in line and "5.damaged-0" in line for line in told)
+
+
 def test_rewinding_ends_when_it_does_not_help(tmp_path, parts, told):
     outcome = run(
         tmp_path, parts, before_step=lambda i, row: spoil(i, NAN)(i, row) if i >= 6 else row, on_trouble="rewind"
