@@ -138,6 +138,24 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
+    assert cli.main(["profile", TINY, f"--run.folder={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "at the highest point, in the backward loop; XLA reserves" in out and "revjax/nn/flash.py:" in out
+    folder = tmp_path / "profiles" / "tiny"
+    assert (folder / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "memory.json").read_text())["temp_bytes"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["profiles"]
+    (tmp_path / "file").write_text("")
+    assert cli.main(["profile", TINY, f"--output={tmp_path}/file/x"]) == 2
+    assert "Cannot write to" in capsys.readouterr().err
+
+
+def test_a_script_named_like_a_module_of_python_does_not_hide_it():
+    code = "import cProfile, profile; assert profile.Profile and cProfile.run"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", check=True)
+
+
 def test_a_log_for_machines_is_one_json_object_a_line(tmp_path, capfd):
     words = ["train", TINY, f"--run.folder={tmp_path}", "--training.steps=2", "--log-format=json"]
     assert cli.main(words) == 0

@@ -18,6 +18,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer on your own text",
     "runs": "runs side by side: a table, and a plot of their losses",
     "check": "prove on this machine that a model's gradients are right to the bit",
+    "profile": "where the memory of a training step goes: a table, and a plot over the step",
     "benchmark": "measure exactness, memory or speed beside the alternatives",
     "compare": "train variants of a model by paired seeds, and compare their losses",
 }

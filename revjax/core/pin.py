@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 _ROUNDING = {jnp.dtype("bfloat16"): (8, 7), jnp.dtype("float16"): (5, 10)}  # exponent and mantissa bits
@@ -101,7 +102,11 @@ def _run(jaxpr: Jaxpr, consts, args, apply: Callable[[Any, list], list]) -> list
     values |= dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:
-        values.update(zip(eqn.outvars, apply(eqn, [read(v) for v in eqn.invars]), strict=True))
+        info = eqn.source_info  # profilers and error messages name the line of f that an operation comes from
+        with source_info_util.user_context(
+            info.traceback, name_stack=source_info_util.current_name_stack() + info.name_stack
+        ):
+            values.update(zip(eqn.outvars, apply(eqn, [read(v) for v in eqn.invars]), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 

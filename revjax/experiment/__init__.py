@@ -26,4 +26,5 @@ from .trained import export as export
 from .trained import load_run as load_run
 from .versions import versions as versions
 from .words import announce as announce
+from .words import describe_memory as describe_memory
 from .words import summarize as summarize

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from ..data import Corpus, Text
-from ..memory import activation_memory
+from ..memory import Timeline, activation_memory
 from ..models import flops_per_token, num_params
 from ..training import TrainState, read_metrics
 from .build import Experiment
@@ -78,6 +78,30 @@ def _state_bytes(state: TrainState) -> str:
     parts = {"parameters": state.params, "optimizer": state.opt_state, "running mean": state.ema}
     sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in parts.items()}
     return ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items() if size)
+
+
+def describe_memory(experiment: Experiment, found: Timeline) -> str:
+    """Where the memory of a training step goes at its highest point."""
+    config, at = experiment.config, found.peak()
+    live = found.live(at)
+    top = sum(buffer.bytes for buffer in live)
+    loop = next((f", in the {loop.name} loop" for loop in found.loops if loop.start <= at <= loop.end), "")
+    shares = sorted(found.by_category(at).items(), key=lambda item: -item[1])
+    model, data = config.model, config.data
+    lines = {
+        "step": f"{config.run.name}, on {_devices(experiment)} {jax.devices()[0].device_kind}",
+        "versions": versions(),
+        "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.dtype}, coupling {model.coupling}, plan "
+        f"{config.memory.plan}; {data.batch_size} x {data.sequence_length} tokens",
+        "always": _state_bytes(experiment.state),
+        "temporary": f"{_bytes(top)} at the highest point{loop}; XLA reserves {_bytes(found.temp_bytes)}",
+        "of these": [f"{_bytes(n):>10}  {n / max(top, 1):4.0%}  {name}" for name, n in shares if n > 0.005 * top],
+        "largest": [f"{_bytes(b.bytes):>10}  {b.shape:<22} {b.category:<10} {b.line}" for b in live[:12]],
+    }
+    whole = {name: [text] if isinstance(text, str) else text for name, text in lines.items()}
+    return "\n".join(
+        f"{name if i == 0 else '':<12} {text}" for name, texts in whole.items() for i, text in enumerate(texts)
+    )
 
 
 def summarize(result: Result) -> str:

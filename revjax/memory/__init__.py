@@ -6,3 +6,7 @@ from .baseline import stored_loss as stored_loss
 from .devices import peak_flops as peak_flops
 from .measure import activation_memory as activation_memory
 from .measure import temp_bytes as temp_bytes
+from .timeline import Buffer as Buffer
+from .timeline import Timeline as Timeline
+from .timeline import timeline as timeline
+from .timeline_plot import plot_timeline as plot_timeline
