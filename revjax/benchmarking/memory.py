@@ -14,7 +14,15 @@ from flax import nnx
 from ..memory import activation_memory, residual_stack, temp_bytes
 from ..models import Decoder, DecoderConfig, value_and_grad
 from ..nn import flash_attention
-from ..training import OptimizerConfig, init_state, make_optimizer, make_schedule, make_train_step, split
+from ..training import (
+    OptimizerConfig,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split,
+    step_compiler_options,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +96,9 @@ def train_step(config: TrainStepConfig) -> dict[str, int | str]:
     def loss(model, rows, key):
         return model.loss(rows[:, :-1], rows[:, 1:], key=key)
 
-    step = make_train_step(skeleton, loss, optimizer)
+    step, options = make_train_step(skeleton, loss, optimizer), step_compiler_options(jax.default_backend())
     return dataclasses.asdict(config) | {
-        "temporary": temp_bytes(step, state, rows, donate_argnums=0),
+        "temporary": temp_bytes(step, state, rows, donate_argnums=0, compiler_options=options),
         "gradient": activation_memory(config.decoder(), config.batch_size, config.sequence_length)["reversible"],
         "parameters": sum(4 * p.size for p in jax.tree.leaves(params)),
     }

@@ -31,6 +31,7 @@ from ..training import (
     rewinds_to,
     split,
     split_abstract,
+    step_compiler_options,
 )
 from .config import FREE, RunConfig
 from .devices import Devices
@@ -98,7 +99,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     background = ThreadPoolExecutor(1, "compile")
     try:
         program = Program.of(config, devices) if knows_steps else None
-        compiled = background.submit(program.lowered.compile) if program else None
+        compiled = background.submit(program.compile) if program else None
         corpus = load_corpus(config.data, tokenizer, files)
         rows = Batches(
             corpus,
@@ -111,7 +112,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if program is None or compiled is None:
             program = Program.of(config, devices)
-            compiled = background.submit(program.lowered.compile)
+            compiled = background.submit(program.compile)
         state, meta, damaged = program.shapes, {}, {}
         if not dry:
             other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
@@ -182,6 +183,10 @@ class Program:
             batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
         )
         return Program(devices, make_model, start, skeleton, shapes, devices.jit(step, shapes).lower(shapes, batch))
+
+    def compile(self) -> Any:
+        """The step, compiled for the devices."""
+        return self.lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
 
     def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
         """The state before the first step, its arrays made where they belong: random, or from the run `start_from`."""

@@ -1,6 +1,7 @@
 """How much memory a gradient needs, asked of XLA: it compiles the program and says, without running it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from ..models.gradients import value_and_grad
 from .baseline import checkpoint_loss, stored_loss
 
 
-def temp_bytes(f: Callable, *args, donate_argnums: int | tuple[int, ...] = ()) -> int:
+def temp_bytes(
+    f: Callable, *args, donate_argnums: int | tuple[int, ...] = (), compiler_options: dict[str, Any] | None = None
+) -> int:
     """The temporary bytes of `f` as XLA compiles it for this device: what exists beside inputs and outputs.
 
     `args` may be abstract (jax.ShapeDtypeStruct), so nothing is allocated. Outputs take the place of
     arguments in `donate_argnums`.
     """
-    analysis = jax.jit(f, donate_argnums=donate_argnums).lower(*args).compile().memory_analysis()
+    lowered = jax.jit(f, donate_argnums=donate_argnums).lower(*args)
+    analysis = lowered.compile(compiler_options=compiler_options).memory_analysis()
     assert analysis is not None, "XLA tells no memory on this backend"
     return analysis.temp_size_in_bytes
 

@@ -26,6 +26,7 @@ from .state import split as split
 from .state import split_abstract as split_abstract
 from .step import make_eval_step as make_eval_step
 from .step import make_train_step as make_train_step
+from .step import step_compiler_options as step_compiler_options
 from .trackers import TensorBoard as TensorBoard
 from .trackers import Tracker as Tracker
 from .trackers import WeightsAndBiases as WeightsAndBiases

@@ -117,6 +117,16 @@ def make_train_step(
     return train_step
 
 
+def step_compiler_options(backend: str) -> dict[str, bool]:
+    """What to compile a training step with, `jax.jit(...).lower(...).compile(compiler_options=...)`.
+
+    The new parameters are made from Adam's old moments, and so are the new moments, in their place. XLA does not see
+    that the first can go before the second, and copies the old ones before the step: as many bytes as the parameters
+    twice. Its slower analysis sees it. (On a GPU the three may be one kernel; that option was not tried there.)
+    """
+    return {"xla_cpu_copy_insertion_use_region_analysis": True} if backend == "cpu" else {}
+
+
 def _gradient_sums(skeleton: Skeleton, loss: Loss) -> Callable:
     """(params, batch, key, scale) -> (d (scale loss_sum) / d params, (loss_sum, weight_sum, more sums), report)."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 
 from revjax.models import Decoder, DecoderConfig
 from revjax.models.stack import ReversibleStack
-from revjax.training import init_state, make_eval_step, make_train_step, split
+from revjax.training import init_state, make_eval_step, make_train_step, split, step_compiler_options
 
 CONFIG = DecoderConfig(d_model=32, num_layers=2, num_heads=2, dtype="float32")
 
@@ -79,6 +80,19 @@ def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(decoder):
     for i, x in enumerate(jax.tree.leaves(nnx.state(split(decoder)[0].merge(new.params), nnx.Param))):
         np.testing.assert_allclose(x, flat[i], rtol=2e-4, atol=2e-6)
     assert int(new.step) == 1 and int(new.skipped) == 0
+
+
+def test_compiled_with_its_options_a_step_copies_no_moments_and_gives_the_same_bits(decoder):
+    skeleton, params = split(decoder)
+    optimizer = optax.adamw(1e-2)
+    state, rows = init_state(params, optimizer, jax.random.key(7)), make_rows()
+    lowered = jax.jit(make_train_step(skeleton, token_loss, optimizer), donate_argnums=0).lower(state, rows)
+    plain, ours = lowered.compile(), lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
+    copies = lambda compiled: re.findall(r" copy\(%(state_opt_state.*mlp.*)\)", compiled.as_text())
+    assert len(copies(plain)) >= 3 and copies(ours) == []
+    assert ours.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes
+    copy = jax.tree.map(jnp.copy, state)
+    assert same_bits(plain(state, rows)[0], ours(copy, rows)[0])
 
 
 def test_every_step_has_a_key_of_its_own_and_the_same_one_again():
