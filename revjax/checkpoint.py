@@ -192,10 +192,17 @@ class Checkpointer:
         Raises `CheckpointError` where none is whole.
         """
         damaged: dict[int, DamagedCheckpointError] = {}
-        for step in reversed(self.steps()):
+        tried: set[int] = set()
+        while left := [step for step in self.steps() if step not in tried]:
+            step = left[-1]
+            tried.add(step)
             try:
                 return *self.restore(step, target), damaged
-            except DamagedCheckpointError as e:
+            except CheckpointError as e:
+                if step not in self.steps():  # another process trains here, and has newer ones
+                    continue
+                if not isinstance(e, DamagedCheckpointError):
+                    raise
                 damaged[step] = e
         if len(damaged) > 1:
             why = "; ".join(f"{step} ({error.why})" for step, error in damaged.items())

@@ -171,6 +171,21 @@ def test_a_damaged_file_never_gives_other_values(saved, damage):
     assert_same_bits(Checkpointer(saved).restore()[0], make_state(2))
 
 
+def test_a_step_that_another_process_deletes_meanwhile_gives_way_to_its_newer_one(saved, monkeypatch):
+    """Whoever reads a run that is being trained: only the latest few checkpoints stay."""
+    reader, restore = Checkpointer(saved), Checkpointer.restore
+
+    def slow(self, step=None, target=None):
+        if step == 2:
+            (saved / "2").rename(saved / "3")
+        return restore(self, step, target)
+
+    monkeypatch.setattr(Checkpointer, "restore", slow)
+    state, _, damaged = reader.restore_latest()
+    assert damaged == {} and not (saved / "2").exists()
+    assert_same_bits(state, make_state(2))
+
+
 @pytest.mark.parametrize("child", ["state", "state/d", "state/_METADATA", "_CHECKPOINT_METADATA"])
 def test_a_lost_part_is_damage(saved, child):
     (saved / "2" / child).rename(saved / "lost")

@@ -53,11 +53,25 @@ def message_of(capsys, argv):
         (["--run.name=file"], "file is a file, but a run needs a folder."),
         (["--run.name=other"], "is not the folder of a run: it has no config.yaml, but thesis.tex."),
         (["--run.name=another"], "holds a run with another configuration: model.d_model was 128 and is now 32"),
-        (["--steps"], "--steps needs a value"),
+        (["--steps"], "There is no switch --steps. Write: revjax train"),
+        (["--dryrun"], "There is no switch --dryrun. Did you mean '--dry-run'?"),
+        (["--log-format=xml"], "--log-format is json or text, but got 'xml'."),
+        (["--num_layers=3"], "unknown field 'num_layers'. Did you mean 'model.num_layers'?"),
+        (["--optimizer.name=adam"], "There is no optimizer 'adam'. Did you mean 'adamw'?"),
+        (
+            ["--optimizer.name=own_optimizers:one"],
+            "The optimizer 'own_optimizers:one' must take (config, schedule): too many positional",
+        ),
+        (
+            ["--optimizer.name=own_optimizers:two"],
+            "The optimizer 'own_optimizers:two' must return an optax transformation, but got int.",
+        ),
         (["--model.coupling=revnett"], "A coupling is one of revnet"),
     ],
 )
-def test_a_mistake_is_one_message_and_nothing_written(here, capsys, words, message):
+def test_a_mistake_is_one_message_and_nothing_written(here, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    (here / "own_optimizers.py").write_text("def one(config): ...\ndef two(config, schedule): return 3\n")
     for name in ("empty", "blank", "binary", "short", "runs/other", "runs/another"):
         (here / name).mkdir(parents=True)
     (here / "blank" / "a.txt").write_text("")
@@ -121,6 +135,20 @@ def test_a_reader_that_has_seen_enough_ends_a_command_in_silence():
     with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_run_whose_log_is_broken_is_named_and_the_others_are_shown(here, capsys):
+    for name, log in (("a", '{"step": 1}\n{"st\n{"step": 3}\n'), ("b", "")):
+        (here / "runs" / name).mkdir(parents=True)
+        (here / "runs" / name / "config.yaml").write_text("")
+        (here / "runs" / name / "metrics.jsonl").write_text(log)
+    assert cli.main(["runs"]) == 2
+    out, err = capsys.readouterr()
+    assert "runs/a/metrics.jsonl:2 is not JSON" in err and "\nb " in out and "\na " not in out
+
+
+def test_training_needs_a_config(capsys):
+    assert "Give a config, such as configs/quickstart.yaml." in message_of(capsys, ["train"])
 
 
 def test_the_resolved_config_can_be_printed(capsys):

@@ -4,6 +4,7 @@ import json
 
 from .. import experiment
 from ..config import help_text, load
+from ..logging import setup
 from .words import leading_names, one_name, take
 
 USAGE = "revjax generate runs/NAME [--prompt='def ' | --prompts=FILE] [--temperature=0.7] [--max_new_tokens=300]"
@@ -22,6 +23,7 @@ def generate(argv: list[str]) -> int:
     options = load(experiment.SampleConfig, (), settings, environ={})
     prompts = None if options.prompts is None else experiment.read_prompts(options.prompts)
     experiment.use_compilation_cache("auto")
+    setup()
     run = experiment.load_run(one_name(names, USAGE))
     if prompts is not None:
         for prompt, text in experiment.sample_texts(run.model, run.tokenizer, prompts, options):

@@ -1,8 +1,9 @@
 """`revjax runs [FOLDER] [--plot=runs.png]`."""
 
 import pathlib
+import sys
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RunFolderError
 from ..training import find_runs, plot_runs, summarize_run, table
 from .words import leading_names, take
 
@@ -21,7 +22,13 @@ def runs(argv: list[str]) -> int:
     named = [pathlib.Path(name).expanduser() for name in names]
     is_run = [(path / "config.yaml").is_file() for path in named]
     folders = named if named and all(is_run) else [run for path in named or ["runs"] for run in find_runs(path)]
-    summaries = [summarize_run(folder) for folder in folders]
+    summaries, code = [], 0
+    for folder in folders:
+        try:
+            summaries.append(summarize_run(folder))
+        except RunFolderError as e:  # the others can be shown
+            print(f"error: {e}", file=sys.stderr)
+            code = 2
     print(table(summaries))
     for word in settings[-1:]:
         path = word.removeprefix("--plot=")
@@ -31,4 +38,4 @@ def runs(argv: list[str]) -> int:
             raise ConfigError(
                 f"Cannot write the plot to {path!r} (--plot): {getattr(e, 'strerror', None) or e}"
             ) from None
-    return 0
+    return code

@@ -2,17 +2,19 @@
 
 from .. import experiment
 from ..config import help_text, load_with_provenance
+from ..errors import ConfigError, nearest
 from ..logging import setup
 from .words import leading_names, take
 
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
+SWITCHES = ("--print-config", "--dry-run", "--log-format=json", "--allow-change=FIELD")
 DESCRIPTION = f"""{USAGE}
 
 Trains a language model and leaves everything in runs/NAME. Run again, it continues where it ended.
 --print-config shows every value and where it was set. --dry-run checks everything, tells what the run would need,
 and trains nothing. A run that was begun refuses other settings, but not those that are named, such as
 --allow-change=training.steps,training.eval_every. --log-format=json writes one JSON object a line to stderr.
-Exit codes: 0 finished, 2 a mistake in the settings, 3 stopped by training.on_trouble, 130 Ctrl-C, 143 SIGTERM,
+Exit codes: 0 finished, 2 a mistake in the settings, 3 training ended by training.on_trouble, 130 Ctrl-C, 143 SIGTERM,
 138 SIGUSR1."""
 
 
@@ -26,7 +28,16 @@ def train(argv: list[str]) -> int:
     allowed = [word for word in settings if word.startswith("--allow-change=")]
     settings = [word for word in settings if word not in allowed]
     allow_change = [name for word in allowed for name in word.partition("=")[2].replace("-", "_").split(",") if name]
-    setup(format="json" if take(settings, "--log-format=json") else "text")
+    formats = [word for word in settings if word.startswith("--log-format=")]
+    settings = [word for word in settings if word not in formats]
+    if unknown := [word for word in formats if word not in ("--log-format=json", "--log-format=text")]:
+        raise ConfigError(f"--log-format is json or text, but got {unknown[0].partition('=')[2]!r}.")
+    for word in settings:
+        if word.startswith("--") and "=" not in word and "." not in word:
+            raise ConfigError(f"There is no switch {word}.{nearest(word, SWITCHES)} Write: {USAGE}")
+    if not paths and not settings:
+        raise ConfigError(f"Give a config, such as configs/quickstart.yaml. Write: {USAGE}")
+    setup(format="json" if "--log-format=json" in formats else "text")
     loaded = load_with_provenance(experiment.RunConfig, paths, settings)
     if print_only:
         print(loaded.describe(), end="")

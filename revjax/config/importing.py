@@ -1,19 +1,23 @@
 """A user's own function, named in a config: `my_package.optim:make`."""
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, nearest
 
 
-def import_function(name: str, *, what: str, known: Iterable[str] = ()) -> Callable[..., Any]:
+def import_function(
+    name: str, *, what: str, known: Iterable[str] = (), takes: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """Returns the function that `package.module:function` names, looked for from the current folder too.
 
     It runs the module's code, so a config that names one is to be trusted like a program. `known` are the names
-    that revjax has itself, for the error. Raises `ConfigError` where there is no such function.
+    that revjax has itself, for the error; `takes` are the arguments that it must be able to take. Raises `ConfigError`
+    where there is no such function.
     """
     module_name, colon, attribute = name.partition(":")
     known = sorted(known)
@@ -33,4 +37,9 @@ def import_function(name: str, *, what: str, known: Iterable[str] = ()) -> Calla
     if not callable(function):
         functions = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
         raise ConfigError(f"{module_name} has no function {attribute!r}.{nearest(attribute, functions)}")
+    try:
+        inspect.signature(function).bind(*takes or ())
+    except TypeError as e:
+        if takes is not None:
+            raise ConfigError(f"The {what} {name!r} must take ({', '.join(takes)}): {e}.") from None
     return function

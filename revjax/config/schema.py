@@ -48,6 +48,10 @@ def type_name(schema: Any) -> str:
     return "None" if schema in (None, type(None)) else getattr(schema, "__name__", str(schema))
 
 
+def _fields(schema: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+
+
 def _build_dataclass(schema, value, path, default):
     if not isinstance(value.data, dict):
         raise _wrong(f"a mapping ({schema.__name__})", value, path)
@@ -56,8 +60,10 @@ def _build_dataclass(schema, value, path, default):
     section = path or "the config"
     for name, child in value.data.items():
         if name not in fields:
+            inside = [f"{f}.{name}" for f in fields if any(name == g.name for g in _fields(hints[f]))]
+            hint = f" Did you mean {inside[0]!r}?" if inside else nearest(name, fields)
             raise ConfigError(
-                f"{child.where}: unknown field {_join(path, name)!r}.{nearest(name, fields)} "
+                f"{child.where}: unknown field {_join(path, name)!r}.{hint} "
                 f"Known fields of {section}: {', '.join(sorted(fields)) or 'none'}."
             )
     given = {}

@@ -108,7 +108,8 @@ class Batches:
         if changed and not allow_change:
             raise DataError(
                 f"The data is not what the run was started with: {', '.join(changed)}. "
-                "Give the same text and data settings to resume, or start a new run."
+                "Give the same text and data settings to resume, start a new run, or go on with other batches, "
+                "--allow-change=data.source."
             )
         self._move_to(state["step"])
 

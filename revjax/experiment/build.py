@@ -91,11 +91,14 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     cache of tokenised text.
     """
     knows_steps = config.training.epochs is None
-    if knows_steps:
-        RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)  # before any work
     check_installed(config.training)
     devices = Devices.of(config)
     tokenizer, files = _tokenizer(config), find_texts(config.data)
+    make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
+    if knows_steps:  # before any work, and after what may be wrong with the configuration alone
+        found = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
+        if not dry:
+            found.refuse_claimed()
     background = ThreadPoolExecutor(1, "compile")
     try:
         program = Program.of(config, devices) if knows_steps else None

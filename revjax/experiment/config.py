@@ -127,3 +127,5 @@ class SampleConfig(Sampling):
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {self.batch_size}.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, but got {self.max_new_tokens}.")

@@ -20,6 +20,7 @@ class EvaluateConfig:
     """What to evaluate on."""
 
     source: str | None = None  # a file, a folder or a glob, all of it; null is the text that the run held out
+    text_field: str | None = None  # of each row of .jsonl, .parquet and datasets that holds the text; null: the run's
     sequence_length: int | None = None  # tokens of a row; null is the run's
     batch_size: int | None = None  # rows at a time; null is the run's
     max_batches: int | None = None  # null is everything
@@ -82,6 +83,8 @@ def evaluate(folder: str | os.PathLike, options: EvaluateConfig) -> list[Evaluat
         if not parts:
             raise DataError("The run held no text out (data.validation_fraction=0). Set --source=PATH.")
     else:
+        text_field = options.text_field or data.text_field
+        data = dataclasses.replace(data, text_field=text_field)
         parts = load_corpus(
             dataclasses.replace(data, source=options.source, validation={}, validation_fraction=0.0)
         ).train

@@ -80,9 +80,13 @@ def run(experiment: Experiment) -> Result:
             ) as metrics_log,
         ):
             for step, error in experiment.damaged.items():
-                where = checkpointer.set_aside(step)
-                get_logger(__name__).error("%s Training goes on from step %d.", error, experiment.start_step)
-                get_logger(__name__).error("That folder is now %s.", where)
+                get_logger(__name__).error(
+                    "The checkpoint of step %d is damaged (%s). It is kept as %s, and training goes on from step %d.",
+                    step,
+                    error.why,
+                    checkpointer.set_aside(step),
+                    start_step,
+                )
             outcome = train(
                 experiment.state,
                 experiment.train_step,

@@ -8,6 +8,7 @@ import typing
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -75,13 +76,16 @@ def _read(folder: str | os.PathLike) -> tuple[RunConfig, DataConfig, dict[str, A
     folder = pathlib.Path(folder).expanduser()
     config = read_config(folder, RunConfig)
     with Checkpointer(folder / "checkpoints") as checkpointer:
-        nested, _, damaged = checkpointer.restore_latest()
-    for error in damaged.values():
-        get_logger(__name__).warning("%s An older one is used here.", error)
+        nested, meta, damaged = checkpointer.restore_latest()
+    for step, error in damaged.items():
+        message = "The checkpoint of step %d in %s is damaged (%s): that of step %d is used here."
+        get_logger(__name__).warning(message, step, folder, error.why, meta["step"])
     _, shapes = split(nnx.eval_shape(lambda: _decoder(config)))
     trained = nested.get("ema", nested["params"])
     if _shapes(shapes) != _shapes(trained):
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(trained)):
+        get_logger(__name__).warning("The parameters of %s are not all finite: its training diverged.", folder)
     data = config.data
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
@@ -109,6 +113,9 @@ def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
     temporary = output.with_name(f"{output.name}.tmp")
     try:
         save_file(tensors, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # as any other file of the run
         os.replace(temporary, output)
     except (OSError, SafetensorError) as e:  # a full disk comes as either
         temporary.unlink(missing_ok=True)

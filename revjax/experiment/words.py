@@ -20,9 +20,9 @@ def announce(experiment: Experiment) -> str:
     tokens_per_step = data.batch_size * data.sequence_length
     tokens = (steps - start) * tokens_per_step
     flops = tokens * flops_per_token(model, data.sequence_length)
-    needed = activation_memory(
-        model, data.batch_size // config.memory.accumulation, data.sequence_length, plan=config.memory.plan
-    )
+    rows = data.batch_size // config.memory.accumulation // experiment.devices.count
+    needed = activation_memory(model, rows, data.sequence_length, plan=config.memory.plan)
+    each = " on each device" if experiment.devices.count > 1 else ""
     reversible, checkpoint, stored = (_bytes(needed[how]) for how in ("reversible", "checkpoint", "stored"))
     going_on = f" from step {start}" if start else ""
     device = jax.devices()[0]
@@ -36,13 +36,14 @@ def announce(experiment: Experiment) -> str:
         f"{_number((steps - start) * data.batch_size / experiment.batches.rows_per_epoch)} epochs, "
         f"{flops:.2g} floating-point operations"
         if start < steps
-        else f"nothing is left to do. For more: --training.steps={2 * steps} --allow-change=training.steps",
+        else f"nothing is left to do at step {start:,}. For more: --training.steps={2 * start} "
+        "--allow-change=training.steps",
         "state": _state_bytes(experiment.state),
-        "activations": f"{reversible} with coupling {model.coupling} and plan {config.memory.plan}; "
+        "activations": f"{reversible}{each} with coupling {model.coupling} and plan {config.memory.plan}; "
         f"{checkpoint} with jax.checkpoint, {stored} stored",
         "": "(temporary bytes of the gradient, counted by XLA)",
-        "step": f"{_bytes(experiment.train_step.memory_analysis().temp_size_in_bytes)} of temporary bytes in all, with "
-        "the optimizer's",
+        "step": f"{_bytes(experiment.train_step.memory_analysis().temp_size_in_bytes)} of temporary bytes{each} in "
+        "all, with the optimizer's",
         "results": f"{experiment.folder.path}/",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())

@@ -107,6 +107,14 @@ class RunFolder:
                 f"Cannot write to {self.path}: {e.strerror}. Set run.folder to another place."
             ) from None
 
+    def refuse_claimed(self) -> None:
+        """Raises `RunFolderError` while another process has claimed the folder."""
+        if (self.path / ".lock").exists():
+            try:
+                _locked(self.path / ".lock").close()
+            except OSError:  # not ours to write: `claim` says so
+                pass
+
     def keep(self, name: str, contents: bytes) -> None:
         """Writes a file of the folder at once, unless it is there. The folder must be claimed."""
         if not (self.path / name).exists():

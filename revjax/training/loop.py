@@ -23,6 +23,7 @@ from .state import Skeleton, TrainState
 from .step import OnTrouble
 from .watchdog import Watchdog
 
+MOST_SKIPPED = 100  # one after another: then training ends
 MOST_REWINDS = 3  # to one checkpoint: then training ends
 
 
@@ -114,6 +115,8 @@ def train(
 ) -> Outcome:
     """Trains until step `config.steps`, a signal, or (with on_trouble "stop") a gradient that is not to be trusted.
 
+    With on_trouble "skip", a hundred of these in a row end it too.
+
     Args:
       state: as of the last step that was made; it is used up.
       train_step: compiled, from `make_train_step`.
@@ -192,6 +195,10 @@ class _Training:
         """Reads the pending step, if there is one; returns whether training went back because of it."""
         with self.watchdog.watch(f"the device, at step {self.step}"):
             trouble = self.reader.read()
+        if self.config.on_trouble == "skip" and self.reader.troubles_in_a_row >= MOST_SKIPPED and not self.stopped:
+            message = "step %d: %d updates in a row were left out, and training ends: it would not recover."
+            get_logger(__name__).error(message, self.step, self.reader.troubles_in_a_row)
+            self.stopped = True
         if trouble is None or self.config.on_trouble in ("warn", "skip"):
             return False
         if self.config.on_trouble == "stop":
@@ -205,7 +212,8 @@ class _Training:
         self.checkpointer.wait()
         nested, meta, damaged = self.checkpointer.restore_latest(self.like)
         for step, error in damaged.items():
-            get_logger(__name__).error("%s It is now %s.", error, self.checkpointer.set_aside(step))
+            message = "The checkpoint of step %d is damaged (%s). It is kept as %s."
+            get_logger(__name__).error(message, step, error.why, self.checkpointer.set_aside(step))
         step, back_to = trouble.record["step"], meta["step"]
         times = len(rewinds_to(self.log.folder, back_to))
         self.stopped = times >= MOST_REWINDS

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..errors import RunFolderError
 from ..logging import get_logger
 from .trackers import Tracker, curves
 
@@ -149,12 +150,21 @@ class _Lines:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of a .jsonl file; [] where there is no file. A last line that was cut off is left out."""
+    """Returns the lines of a .jsonl file; [] where there is no file. A last line that was cut off is left out.
+
+    Raises `RunFolderError` where a line is no JSON.
+    """
     path = pathlib.Path(path)
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is not complete
+    found = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is not complete
+        try:
+            found += [json.loads(line)] if line else []
+        except ValueError as e:
+            raise RunFolderError(f"{path}:{number} is not JSON ({e}): delete that line.") from None
+    return found
 
 
 def rewinds_to(folder: str | os.PathLike, step: int) -> list[dict[str, Any]]:

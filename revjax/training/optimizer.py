@@ -22,6 +22,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from ..config import import_function
+from ..errors import ConfigError
 
 PyTree = Any
 
@@ -82,8 +83,13 @@ def make_optimizer(config: OptimizerConfig, schedule: Callable[[Any], jax.Array]
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     if config.name not in DIRECTIONS:
-        own = import_function(config.name, what="optimizer", known=DIRECTIONS)
-        return optax.chain(clip, own(config, schedule))
+        make = import_function(config.name, what="optimizer", known=DIRECTIONS, takes=("config", "schedule"))
+        own = make(config, schedule)
+        if not isinstance(own, optax.GradientTransformation):
+            raise ConfigError(
+                f"The optimizer {config.name!r} must return an optax transformation, but got {type(own).__name__}."
+            )
+        return optax.chain(clip, own)
     return optax.chain(
         clip,
         DIRECTIONS[config.name](config),

@@ -34,10 +34,9 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
         x, y = ([line[k] for line in held_out] for k in ("step", "bits_per_byte"))
         axes.plot(x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, label="held-out text")
         last = axes.annotate(
-            f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), "data", "offset points", ha="right", color=_HELD_OUT
+            f"{y[-1]:.3f}", (1.01 * steps[-1], y[-1]), (3, 0), "data", "offset points", va="center", color=_HELD_OUT
         )
-        last.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # curves run beneath
-        last.set_in_layout(False)
+        last.set_annotation_clip(False)  # it stands beside the axes
     lowest = min([*losses, *(line["bits_per_byte"] for line in held_out)])
     # The first steps are far above all that follows: leave them out of the frame rather than flatten the rest.
     highest = max(np.quantile(losses, 0.97), losses[-1]) if len(losses) >= 20 else max(losses)

@@ -74,7 +74,7 @@ class Reader:
         self.on_trouble, self.skeleton, self.log, self.progress = on_trouble, skeleton, log, progress
         self.work = work
         self.pending: Pending | None = None
-        self.complaints = 0
+        self.complaints = self.troubles_in_a_row = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -109,6 +109,7 @@ class Reader:
             {"mfu": speeds["mfu"]} if "mfu" in speeds else {}
         )
         self.progress.update(1, loss=loss, bits_per_byte=numbers["bits_per_byte"], **shown, canary=numbers["canary"])
+        self.troubles_in_a_row = self.troubles_in_a_row + 1 if trouble else 0
         return self._complain(pending, numbers) if trouble else None
 
     def _complain(self, pending: Pending, metrics: dict[str, Any]) -> Trouble:

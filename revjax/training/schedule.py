@@ -27,7 +27,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     Raises `ConfigError` where there is none of that name.
     """
     if config.schedule not in SHAPES:
-        return import_function(config.schedule, what="schedule", known=SHAPES)(config, total_steps)
+        own = import_function(config.schedule, what="schedule", known=SHAPES, takes=("config", "total_steps"))
+        return own(config, total_steps)
     shape = SHAPES[config.schedule]
     decay = config.decay_steps or max(total_steps // 10, 1)
 

@@ -309,6 +309,16 @@ def test_rewinding_ends_when_it_does_not_help(tmp_path, parts, told):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(outcome.state.params))
 
 
+def test_a_run_that_skips_a_hundred_updates_in_a_row_ends(tmp_path, parts, told):
+    never_again = lambda i, row: np.concatenate([np.full_like(row[:, :1], NAN if i < 150 else 1), row[:, 1:]], axis=1)
+    outcome = run(tmp_path, parts, before_step=never_again, steps=300)
+    assert outcome.ended == "stopped" and int(outcome.state.skipped) in (100, 101)  # the next one has begun
+    assert any("100 updates in a row were left out" in line for line in told)
+    (tmp_path / "b").mkdir()
+    now_and_then = lambda i, row: never_again(0 if i % 99 else 200, row)
+    assert run(tmp_path / "b", parts, before_step=now_and_then, steps=250).ended == "finished"
+
+
 def test_every_trouble_is_written_down_with_its_batch(tmp_path, parts):
     run(tmp_path, parts, before_step=spoil(4, NAN))
     (line,) = read_metrics(tmp_path / "trouble.jsonl")
