@@ -13,6 +13,7 @@ import pytest
 from revjax import cli, experiment
 from revjax.config import load
 from revjax.data import FileTokenizer
+from revjax.experiment.doctor import known_problems
 from revjax.models import CheckReport
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -177,6 +178,16 @@ def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["profile", TINY, f"--output={tmp_path}/file/x"]) == 2
     assert "Cannot write to" in capsys.readouterr().err
+
+
+def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "every stream rebuilt to the bit" in out and "problems     none found" in out
+    assert all(name in out for name in ("jaxlib", "cpu:0", "cores", "xla: "))
+    flags = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    assert [problem.split(" ")[0] for problem in known_problems(flags)] == [*flags]
+    assert known_problems({}) == []
 
 
 def test_a_script_named_like_a_module_of_python_does_not_hide_it():

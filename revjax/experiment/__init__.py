@@ -12,6 +12,7 @@ from .config import FolderConfig as FolderConfig
 from .config import MemoryConfig as MemoryConfig
 from .config import RunConfig as RunConfig
 from .config import SampleConfig as SampleConfig
+from .doctor import doctor as doctor
 from .evaluation import EvaluateConfig as EvaluateConfig
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate

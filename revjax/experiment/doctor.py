@@ -1,0 +1,101 @@
+"""What revjax finds on this machine: for whoever sets it up, or reports a problem."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ..config import users_cache
+from ..memory import peak_flops
+from ..models import DecoderConfig
+from .build import check_model
+from .config import RunConfig
+from .versions import git_revision, versions
+
+PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+OPTIONAL = ("pyarrow", "zstandard", "tensorboardX", "wandb", "libtpu")
+
+
+def doctor() -> tuple[str, list[str]]:
+    """Returns a description of machine and software, and what is wrong with them, each with what to do.
+
+    Runs a small model forward and back (ten seconds or so) to see that streams are rebuilt to the bit here.
+    """
+    problems = known_problems(os.environ)
+    report = check_model(RunConfig(model=DecoderConfig(d_model=64, num_layers=4, num_heads=2, dropout=0.1)))
+    problems += [f"A small model is not exact here: {fault}" for fault in report.faults]
+    lines = {
+        "revjax": ", ".join(filter(None, [versions(), git_revision()])),
+        "packages": ", ".join(f"{name} {_version(name) or 'is missing'}" for name in PACKAGES),
+        "extras": ", ".join(f"{name} {_version(name) or 'is not there'}" for name in OPTIONAL),
+        "machine": f"{platform.platform()}, {_cores()} cores, {_memory()}",
+        "devices": "\n".join(map(_device, jax.local_devices())),
+        "caches": "\n".join(_folder(users_cache(name)) for name in ("xla", "tokens")),
+        "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here, {_free(users_cache('')):.0f} GB for the caches",
+        "exact": "a small model with dropout, in bf16: every stream rebuilt to the bit"
+        if report.ok
+        else "no: see below",
+        "problems": "\n".join(problems) or "none found",
+    }
+    rows = [(name if i == 0 else "", line) for name, text in lines.items() for i, line in enumerate(text.split("\n"))]
+    return "\n".join(f"{name:<12} {line}" for name, line in rows), problems
+
+
+def known_problems(environ: Mapping[str, str]) -> list[str]:
+    """Settings that are known to do harm, in words."""
+    flags = environ.get("XLA_FLAGS", "")
+    found = []
+    if "xla_cpu_enable_fast_math=true" in flags:
+        found.append("XLA_FLAGS has xla_cpu_enable_fast_math, which lets XLA reorder sums of floats. Take it out.")
+    if "xla_gpu_deterministic_ops=true" in flags or "xla_gpu_exclude_nondeterministic_ops=true" in flags:
+        found.append(
+            "XLA_FLAGS asks for deterministic kernels: with cuDNN before 9.25, attention then needs memory that grows "
+            "with the square of the length. revjax does not need the flag."
+        )
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" in environ:
+        found.append("XLA_PYTHON_CLIENT_MEM_FRACTION has a new name: XLA_CLIENT_MEM_FRACTION.")
+    if jax.config.values["jax_disable_jit"]:
+        found.append("JAX_DISABLE_JIT is set: nothing is compiled, and all is slow. Unset it.")
+    if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
+        found.append("There is an NVIDIA driver, but jax does not use it. Type: pip install -e '.[gpu]'")
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB"
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return "memory not known"
+
+
+def _device(device: Any) -> str:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    peak = peak_flops(device.device_kind, "bfloat16")
+    memory = f", {limit / 1e9:.0f} GB for jax" if limit else ""
+    return f"{device} ({device.device_kind}){memory}" + (f", {peak / 1e12:.0f} TFLOP/s in bf16" if peak else "")
+
+
+def _folder(path: pathlib.Path) -> str:
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return f"{path}: {len(sizes):,} files, {sum(sizes) / 1e6:,.0f} MB"
+
+
+def _free(path: pathlib.Path) -> float:
+    there = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(there).free / 1e9

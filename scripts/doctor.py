@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.doctor import doctor
+
+raise SystemExit(call(doctor))
