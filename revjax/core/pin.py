@@ -18,6 +18,8 @@ first, but only the outermost `jax.jit` may set options):
   It adds along an axis in another order, as it vectorises the loop. Sums of floats are products with a
   vector of ones instead, which XLA does not fuse away.
 
+  It computes exp, log, ... by other approximations in a loop of another shape: see `transcendental`.
+
   It compiles a small loop as one function. `opaque_zero` keeps it from that.
 """
 
@@ -30,6 +32,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from . import transcendental
 
 _ROUNDING = {jnp.dtype("bfloat16"): (8, 7), jnp.dtype("float16"): (5, 10)}  # exponent and mantissa bits
 _HOLDERS = {"pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
@@ -144,6 +148,7 @@ class _Pinned:
         self.constant: dict[int, Any] = {}  # what depends on no argument
         self.added = _read_by(jaxpr, _SUMS, set())
         self.multiplied = _read_by(jaxpr, _ARITHMETIC - _SUMS, set())
+        self.in_short_loops = transcendental.in_short_loops(jaxpr)
         self.wide: dict[int, tuple[Any, Any]] = {}  # a rounded low-precision array, and the same numbers in fp32
         self.reduced: dict[int, tuple[Any, tuple]] = {}  # an fp32 array, and the bits that it was reduced to
 
@@ -168,16 +173,26 @@ class _Pinned:
         if name == "convert_element_type" and {args[0].dtype, params["new_dtype"]} & _ROUNDING.keys():
             return [self._convert(args[0], params["new_dtype"])]
         if name in _ARITHMETIC | _EXACT and _bits(eqn.outvars[0].aval):
-            (y,) = _bind(eqn, [self._widen(a) for a in args], params)
+            (y,) = self._bind(eqn, [self._widen(a) for a in args])
             rounded = name in _EXACT and self._are_rounded(args)
             return [self._narrow(y, eqn.outvars[0].aval.dtype, rounded=rounded)]
-        outs = self._loop(name, params, args) if name in _LOOPS else _bind(eqn, args, params)
+        outs = self._loop(name, params, args) if name in _LOOPS else self._bind(eqn, args)
         if self._is_sealed(eqn, args):
             return [self._seal(outs[0])]
         if name == "reduce_precision":
             self.reduced[id(outs[0])] = outs[0], (params["exponent_bits"], params["mantissa_bits"])
         rounded = name in _MOVES and self._are_rounded(args)
         return [self._round(y, rounded=rounded) for y in outs]
+
+    def _bind(self, eqn, args: list) -> list[Any]:
+        name = eqn.primitive.name
+        if self._are_constant(args):
+            return _bind(eqn, args, eqn.params)
+        if name == "rsqrt":
+            return [transcendental.rsqrt(args[0], self._seal)]
+        if name in transcendental.FUNCTIONS and eqn.outvars[0] in self.in_short_loops:
+            return [transcendental.apart(lambda *xs: _bind(eqn, xs, eqn.params)[0], args, self.zero)]
+        return _bind(eqn, args, eqn.params)
 
     def _is_sealed(self, eqn, args) -> bool:
         name = eqn.primitive.name
