@@ -39,6 +39,8 @@ class ExactnessConfig:
     steps: int = 1
     drift: bool = True
     dtype: str = "bfloat16"
+    num_heads: int | None = None  # d_model / 32
+    qk_norm: bool = False
     scale_to: float = 20.0  # |x| that branches are scaled to reach
     learning_rate: float = 1e-4
 
@@ -52,7 +54,8 @@ def exactness(config: ExactnessConfig) -> dict[str, float | str]:
     decoder = DecoderConfig(
         num_layers=config.num_layers,
         d_model=config.d_model,
-        num_heads=config.d_model // 32,
+        num_heads=config.num_heads or config.d_model // 32,
+        qk_norm=config.qk_norm,
         dropout=0.1,
         coupling=config.coupling,
         dtype=config.dtype,  # pyright: ignore[reportArgumentType]

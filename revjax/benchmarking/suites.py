@@ -18,6 +18,8 @@ from .speed import SpeedConfig, speed
 
 _LONG: dict[str, Any] = dict(num_layers=96, d_model=128, sequence_length=128, batch_size=1)
 _WIDE: dict[str, Any] = dict(num_layers=24, d_model=256, sequence_length=512, batch_size=4)
+_ODD_LONG: dict[str, Any] = _LONG | {"sequence_length": 121}
+_ODD_WIDE: dict[str, Any] = _WIDE | {"sequence_length": 127}
 
 SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
     "exactness": (
@@ -25,7 +27,13 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
         [ExactnessConfig(coupling=c, **_WIDE) for c in EXACT_COUPLINGS]
         + [ExactnessConfig(coupling=c, steps=200, **_LONG) for c in EXACT_COUPLINGS]
         + [ExactnessConfig(coupling=c, steps=200, drift=False, **_WIDE) for c in ("revnet", "near-residual:1")]
-        + [ExactnessConfig(coupling=c, dtype="float32", **_LONG) for c in ("revnet", "near-residual:1", "bdia:1")],
+        + [ExactnessConfig(coupling=c, dtype="float32", **_LONG) for c in ("revnet", "near-residual:1", "bdia:1")]
+        # Odd lengths, few heads, and norms by head: short loops, in which functions have other approximations.
+        + [
+            ExactnessConfig(coupling="revnet", qk_norm=True, num_heads=4, dtype=dtype, **shape)
+            for dtype in ("bfloat16", "float32")
+            for shape in (_ODD_WIDE, _ODD_LONG)
+        ],
     ),
     "gradients": (
         gradients,

@@ -1,12 +1,12 @@
 """The same bits from exp, log, tanh, ..., whatever loop they are computed in.
 
-XLA computes such a function for several elements at once where a loop allows it, and otherwise for one by one, on CPU
-with other approximations: by how many is decided by the loop, and the loop is that of all operations that XLA fuses.
-Seen on CPU where the innermost dimension is short or no multiple of the width: erf in jax 0.10, and in jax 0.12 exp,
-exp2, log, log1p, tanh, logistic, rsqrt and erf.
+XLA for CPU computes such a function for as many elements at once as the loop allows that it stands in, with other
+approximations for other numbers of them; and the loop is that of all operations that XLA fuses, which differ beside a
+gradient. Seen where the innermost dimension is short or not a multiple of the width: erf and digamma in jax 0.10, and
+in jax 0.12 exp, exp2, log, log1p, tanh, logistic, rsqrt and erf. On CPU, therefore:
 
-  Where a function may come into such a loop, it is computed apart, on flat arrays, in a program of its own.
-  rsqrt(x) = 1 / sqrt(x) always: both are rounded correctly, as IEEE 754 has it.
+  A function that may come into such a loop is computed apart, on flat arrays, in a program of its own.
+  rsqrt(x) is 1 / sqrt(x), each of which is rounded correctly, as IEEE 754 has it.
 """
 
 import math
