@@ -178,6 +178,8 @@ def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["profile", TINY, f"--output={tmp_path}/file/x"]) == 2
     assert "Cannot write to" in capsys.readouterr().err
+    assert cli.main(["profile", TINY, f"--output={tmp_path}/new", "--data.source=no/such/place"]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import pathlib
 import re
 import shutil
 
@@ -245,6 +247,38 @@ def test_the_loss_on_another_text(finished, tmp_path):
     assert done.num_tokens == 200 * 16
     with pytest.raises(DataError, match="There is no file or folder 'nowhere'"):
         experiment.evaluate(finished[0].run.path, experiment.EvaluateConfig(source="nowhere"))
+    rows = [json.dumps({"body": f"{i} squared is {i * i}.\n" * 9}) for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(DataError, match="has no field 'text'"):
+        experiment.evaluate(finished[0].run.path, dataclasses.replace(options, source=str(tmp_path / "rows.jsonl")))
+    options = dataclasses.replace(options, source=str(tmp_path / "rows.jsonl"), text_field="body")
+    assert experiment.evaluate(finished[0].run.path, options)[0].num_tokens > 1000
+
+
+def test_a_batch_of_trouble_can_be_had_again_as_the_docs_say(finished, tmp_path):
+    config, ready, _ = finished
+    (tmp_path / "config.yaml").write_text((config.run.path / "config.yaml").read_text())
+    line = {"batch": ready.batches.state() | {"step": 3}}
+    (tmp_path / "trouble.jsonl").write_text(json.dumps(line) + "\n")
+    docs = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "line[" in block]
+    found = {}
+    exec(code.replace('"runs/deeper"', repr(str(tmp_path))), found)
+    assert np.array_equal(found["batch"]["tokens"], ready.batches.batch(3)["tokens"])
+
+
+def test_parameters_that_are_not_finite_are_told(finished, tmp_path, caplog, monkeypatch):
+    """A model that says nothing, or only nan, says why."""
+    folder = tmp_path / "a"
+    shutil.copytree(finished[0].run.path, folder)
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        nested, meta = checkpointer.restore()
+        nested["params"]["norm"]["scale"][0] = np.nan
+        checkpointer.save(11, nested, meta, force=True)
+        checkpointer.wait()
+    monkeypatch.setattr(logging.getLogger("revjax"), "propagate", True)
+    experiment.load_run(folder)
+    assert "are not all finite: its training diverged" in caplog.text
 
 
 def test_runs_are_compared_in_a_table_and_a_plot(finished, tmp_path, capsys):
@@ -406,6 +440,8 @@ def test_two_processes_do_not_train_in_one_folder(text, tmp_path):
     first.folder.claim("")
     with pytest.raises(RunFolderError, match="Another process is training in .*--run.name=a-2"):
         experiment.run(second)
+    with pytest.raises(RunFolderError, match="Another process is training in"):
+        experiment.build(config)  # before anything is compiled
     assert {p.name for p in config.run.path.iterdir()} == {".lock", "config.yaml"}
     first.folder.release()
 
@@ -497,6 +533,7 @@ def test_parameters_are_exported_as_safetensors(finished, tmp_path, capsys):
         assert json.loads(file.metadata()["config"])["model"]["d_model"] == 32
         names = set(file.keys())
         query = file.get_tensor("stack.runs.0.0.attention.query.kernel")
+    assert (tmp_path / "m.safetensors").stat().st_mode == (folder / "metrics.jsonl").stat().st_mode
     assert len(names) == len(jax.tree.leaves(state.params)) and "embedding.table" in names
     np.testing.assert_array_equal(query, state.params["stack"]["runs"]["0"]["0"]["attention"]["query"]["kernel"])
     for output, message in ((tmp_path / "m.safetensors", "is there already"), (tmp_path / "no" / "m", "Cannot write")):

@@ -94,6 +94,12 @@ def test_eight_devices_see_the_data_of_one_and_come_to_its_parameters(runs):
     np.testing.assert_allclose(*held_out, rtol=1e-5)
 
 
+def test_what_is_announced_of_memory_is_of_each_device(text, tmp_path):
+    said = experiment.announce(experiment.build(configure(text, tmp_path, "many", *MANY), dry=True))
+    alone = experiment.announce(experiment.build(configure(text, tmp_path, "one", *ONE), dry=True))
+    assert said.count(" on each device ") == 2 and "on each device" not in alone
+
+
 def test_state_lies_where_the_table_says_from_the_first_step_to_the_last(runs):
     _, _, done = runs
     state = done["many"][1]

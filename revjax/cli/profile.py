@@ -30,16 +30,19 @@ def profile(argv: list[str]) -> int:
     setup()
     config = load(experiment.RunConfig, paths, [word for word in settings if word not in outputs])
     default = pathlib.Path(config.run.folder) / "profiles" / config.run.name
-    folder = pathlib.Path(outputs[-1].removeprefix("--output=")) if outputs else default
+    folder = (pathlib.Path(outputs[-1].removeprefix("--output=")) if outputs else default).expanduser()
+    ready = experiment.build(config, dry=True)
     try:
-        folder.expanduser().mkdir(parents=True, exist_ok=True)
+        found = timeline(ready.train_step, ready.state.params)
+    except ValueError as e:
+        raise ConfigError(f"There is no profile of memory here: {e}") from None
+    print(experiment.describe_memory(ready, found), flush=True)
+    title = f"{config.run.name}: {config.model.num_layers} layers, plan {config.memory.plan}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_timeline(found, folder / "memory.png", title=title)
+        (folder / "memory.json").write_text(json.dumps(found.to_json()) + "\n")
     except OSError as e:
         raise ConfigError(f"Cannot write to {folder} (--output): {e.strerror}.") from None
-    ready = experiment.build(config, dry=True)
-    found = timeline(ready.train_step, ready.state.params)
-    print(experiment.describe_memory(ready, found))
-    title = f"{config.run.name}: {config.model.num_layers} layers, plan {config.memory.plan}"
-    plot_timeline(found, folder / "memory.png", title=title)
-    (folder / "memory.json").write_text(json.dumps(found.to_json()) + "\n")
     print(f"{'results':<12} {folder}/: memory.png, memory.json")
     return 0

@@ -24,7 +24,7 @@ OPTIONAL = ("pyarrow", "zstandard", "tensorboardX", "wandb", "libtpu")
 def doctor() -> tuple[str, list[str]]:
     """Returns a description of machine and software, and what is wrong with them, each with what to do.
 
-    Runs a small model forward and back (ten seconds or so) to see that streams are rebuilt to the bit here.
+    Runs a small model forward and back (half a minute) to see that streams are rebuilt to the bit here.
     """
     problems = known_problems(os.environ)
     report = check_model(RunConfig(model=DecoderConfig(d_model=64, num_layers=4, num_heads=2, dropout=0.1)))

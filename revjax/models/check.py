@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -133,11 +133,11 @@ def _calls_of_stacks(run: Callable) -> list[tuple[ReversibleStack, jax.Array, di
         calls.append((stack, x, keywords))
         return scan(stack, x, **keywords)
 
-    setattr(ReversibleStack, "scan", listen)  # noqa: B010
+    cast(Any, ReversibleStack).scan = listen
     try:
         run()
     finally:
-        setattr(ReversibleStack, "scan", scan)  # noqa: B010
+        cast(Any, ReversibleStack).scan = scan
     return calls
 
 
@@ -277,12 +277,10 @@ def _in_float64(model: nnx.Module) -> nnx.Module:
     copy = nnx.merge(graphdef, jax.tree.map(_to_float64, state), copy=True)
     for _, node in nnx.iter_graph(copy):
         if isinstance(node, ReversibleStack):
-            node.exact, node.plan = (
-                False,
-                "all",
-            )  # the inverse of float streams drifts: what is asked here is the gradient
+            # The inverse of float streams drifts, and what is asked here is the gradient.
+            node.exact, node.plan = False, "all"
         if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
-            setattr(node, "dtype", jnp.dtype("float64"))  # noqa: B010
+            cast(Any, node).dtype = jnp.dtype("float64")
     return copy
 
 

@@ -121,8 +121,8 @@ def step_compiler_options(backend: str) -> dict[str, bool]:
     """What to compile a training step with, `jax.jit(...).lower(...).compile(compiler_options=...)`.
 
     The new parameters are made from Adam's old moments, and so are the new moments, in their place. XLA does not see
-    that the first can go before the second, and copies the old ones before the step: as many bytes as the parameters
-    twice. Its slower analysis sees it. (On a GPU the three may be one kernel; that option was not tried there.)
+    that the first can go before the second, and copies the old moments before the step. Its slower analysis sees it.
+    (On a GPU the three may be one kernel; that option was not tried there.)
     """
     return {"xla_cpu_copy_insertion_use_region_analysis": True} if backend == "cpu" else {}
 
