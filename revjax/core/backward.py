@@ -16,7 +16,7 @@ from . import forward
 from .chunks import ChunkedFunction
 from .layers import Layers, by_f
 from .pin import opaque_zero, pinned
-from .plan import All, Inputs, Nothing
+from .plan import All, Inputs, Reverse
 from .trace import Function, is_float
 from .varying import vary_alike
 
@@ -37,7 +37,7 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
         daux_L = cotangents["aux"][i]
         streams = kept[i].get("end", streams)
         dcarry = (dstreams, dcontext, dclosures[i][replay])
-        if isinstance(plan, Nothing):
+        if isinstance(plan, Reverse):
             (streams, dcarry), outs = _invert_run(layers, i, shared, streams, dcarry, inputs_L, daux_L)
         elif isinstance(plan, Inputs):
             dcarry, outs = _recompute_run(layers, i, shared, kept[i]["start"], dcarry, inputs_L, daux_L, plan.every)
@@ -61,12 +61,12 @@ def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_
         if isinstance(fn, ChunkedFunction):
             q_prev, dcarry, dparams = _invert_in_chunks(layers, fn, shared, closure, q, unstep, dcarry, inputs)
         else:
-            args, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, inputs, vjp=True)
-            q_prev = unstep(fx)
+            args, f = forward.evaluate(layers, fn, shared, closure, q, inputs, vjp=True)
+            q_prev = unstep(f.fx)
             x_prev = layers.arithmetic.decode(q_prev)
-            step_vjp = forward.step_vjp(layers, x_prev, args[1], fx, inputs["number"])
+            step_vjp = forward.step_vjp(layers, x_prev, args[1], f.fx, inputs["number"])
             zero = opaque_zero(inputs["layer"])
-            dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux, zero)
+            dcarry, dparams = _pull(layers, fn, args, f.leaves, step_vjp, dcarry, daux, zero)
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
     return _reverse_scan(
@@ -113,7 +113,8 @@ def _recompute_run(layers: Layers, i: int, shared, start, dcarry, inputs_L, daux
 
 
 def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
-    leaves, step_leaves = inputs["vjp"]
+    kept, step_leaves = inputs["vjp"]
+    leaves = [k.value for k in kept]
     step_vjp = jax.tree.unflatten(layers.trees[fn], step_leaves)
     args = forward.arguments(shared, closure, np.zeros(()), inputs)  # x is among the leaves
     dcarry, dparams = _pull(layers, fn, args, leaves, step_vjp, dcarry, daux, opaque_zero(inputs["layer"]))

@@ -8,14 +8,14 @@ recompute several layers, every chunk's activations are kept until they are need
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .pin import pinned
-from .trace import Function, split
+from .trace import Function, Result, split
 from .varying import vary_alike
 
 PyTree = Any
@@ -68,19 +68,17 @@ class ChunkedFunction:
     def tape_shape(self):
         return None
 
-    def primal(self, args: PyTree, zero: jax.Array) -> PyTree:
-        _, fx = jax.lax.scan(
-            lambda _, xs: (None, self.fn.primal(self._chunk(args, *xs), zero)[0][0]), None, self._chunks(args)
-        )
-        return (self._join(fx, args[1].shape[1]), None), (None, None)
+    @property
+    def num_named(self) -> int:
+        return 0
 
-    def __call__(self, args: PyTree, zero: jax.Array) -> tuple[PyTree, list[jax.Array]]:
+    def __call__(self, args: PyTree, zero: jax.Array, *, vjp: bool, named: Sequence[jax.Array] = ()) -> Result:
         def one(_, xs):
-            ((fx, _), _), leaves = self.fn(self._chunk(args, *xs), zero)
-            return None, (fx, leaves)
+            f = self.fn(self._chunk(args, *xs), zero, vjp=vjp)
+            return None, (f.fx, f.leaves)
 
         _, (fx, leaves) = jax.lax.scan(one, None, self._chunks(args))
-        return ((self._join(fx, args[1].shape[1]), None), (None, None)), leaves
+        return Result(self._join(fx, args[1].shape[1]), None, None, None, leaves, ())
 
     def transpose(self, args: PyTree, leaves: list[jax.Array], cotangents: PyTree) -> PyTree:
         def one(total, xs):
@@ -97,10 +95,10 @@ class ChunkedFunction:
         def one(total, xs):
             x, i, dfx = xs
             chunk = self._chunk(args, x, i)
-            ((fx, _), _), leaves = self.fn(chunk, zero)
-            add = lambda total, dfx: self._add(total, self.fn.transpose(chunk, leaves, (dfx, None))[0])
+            f = self.fn(chunk, zero, vjp=True)
+            add = lambda total, dfx: self._add(total, self.fn.transpose(chunk, f.leaves, (dfx, None))[0])
             total, dx = pinned(add, zero)(total, dfx)
-            return total, (fx, dx)
+            return total, (f.fx, dx)
 
         total, (fx, dx) = jax.lax.scan(one, self._zeros(args), (*self._chunks(args), self._split(dfx)))
         return self._join(fx, dfx.shape[1]), self._gradients(total, dx, dfx.shape[1])

@@ -1,5 +1,6 @@
 """The forward pass: through every run, leaving behind what the plan says is kept for the backward pass."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from .layers import Layers, by_f, given
 from .pin import opaque_zero
-from .plan import All, Inputs, Nothing
+from .plan import All, Inputs, Reverse
 from .trace import Function, is_float
 
 PyTree = Any
@@ -19,6 +20,7 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
 
     What is kept of a run (the rest is dropped, and costs nothing):
       nothing    kept   the bits of the coupling (L, ...)
+                 named  what the plan names (L, ...)
                  sum    one checksum for each f and row (L, B)
                  end    the streams after it, unless the next run's backward pass rebuilds them
       inputs     start  the streams before every k-th layer (L / k, ...)
@@ -40,9 +42,9 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
             start = None
         outs_of_runs.append(outs)
         if keep:
-            names = {Nothing: ("kept", "sum", "tape"), Inputs: ("end_sum", "tape"), All: ("vjp",)}[type(plan)]
+            names = {Reverse: ("kept", "sum", "tape", "named"), Inputs: ("end_sum", "tape"), All: ("vjp",)}[type(plan)]
             kept.append({"outs": tuple({name: o[name] for name in names} for o in outs), "start": start})
-            if isinstance(plan, Nothing) and not any(isinstance(k, Nothing) for k in layers.keeps[i + 1 : i + 2]):
+            if isinstance(plan, Reverse) and not any(isinstance(k, Reverse) for k in layers.keeps[i + 1 : i + 2]):
                 kept[-1]["end"] = streams
 
     pick = lambda name: jnp.concatenate([by_f([o[name] for o in outs]) for outs in outs_of_runs])
@@ -83,14 +85,15 @@ def period(layers: Layers, fns: tuple[Function, ...], shared: dict, streams: PyT
 def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, inputs: dict, *, vjps: bool):
     """x[l+1] = x[l] + b (x[l-1] - x[l]) + h f(x[l])."""
     arithmetic, (q_prev, q), n = layers.arithmetic, streams, inputs["number"]
-    args, fx, aux, tape, cache, leaves = evaluate(layers, fn, shared, closure, q, inputs, vjp=vjps)
-    q_next, kept, unsafe = arithmetic.step(layers.coupling, q_prev, q, fx, n)
+    args, f = evaluate(layers, fn, shared, closure, q, inputs, vjp=vjps)
+    q_next, kept, unsafe = arithmetic.step(layers.coupling, q_prev, q, f.fx, n)
     q_next = layers.constrain(q_next)
     out = {
         "before": q_prev,
-        "aux": aux,
-        "tape": tape,
-        "cache": cache,
+        "aux": f.aux,
+        "tape": f.tape,
+        "named": f.named,
+        "cache": f.cache,
         "kept": kept,
         "sum": arithmetic.checksum(q_prev),
         "end_sum": arithmetic.checksum(q_next),
@@ -98,18 +101,43 @@ def step(layers: Layers, fn: Function, shared: dict, closure, streams: PyTree, i
         "max_abs": arithmetic.max_abs(q_next),
     }
     if vjps:
-        step_leaves, layers.trees[fn] = jax.tree.flatten(step_vjp(layers, arithmetic.decode(q_prev), args[1], fx, n))
-        out["vjp"] = (leaves, step_leaves)
+        step_leaves, layers.trees[fn] = jax.tree.flatten(step_vjp(layers, arithmetic.decode(q_prev), args[1], f.fx, n))
+        out["vjp"] = [Kept.of(x) for x in f.leaves], step_leaves
     return (q if layers.coupling.order == 2 else None, q_next), out
 
 
 def evaluate(layers: Layers, fn: Function, shared: dict, closure, q, inputs: dict, *, vjp: bool):
-    """Runs f at a stream, the same way in both passes; the barriers keep its neighbours from being fused into it."""
+    """Runs f at a stream, the same way in both passes; the barriers keep its neighbours from being fused into it.
+
+    Returns what f was called with, and what came of it.
+    """
     x = jax.lax.optimization_barrier(layers.arithmetic.decode(q))
     args = arguments(shared, closure, x, inputs)
     zero = opaque_zero(inputs["layer"])
-    ((fx, aux), (tape, cache)), leaves = fn(args, zero) if vjp else (fn.primal(args, zero), None)
-    return args, jax.lax.optimization_barrier(fx), aux, tape, cache, leaves
+    result = fn(args, zero, vjp=vjp, named=[kept.value for kept in inputs.get("named", ())])
+    named = [Kept.of(x) for x in result.named]
+    return args, result._replace(fx=jax.lax.optimization_barrier(result.fx), named=named)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A value on its way to the backward pass: its bits, where it is of low precision.
+
+    XLA for CPU would keep bf16 as fp32, since it converts before it stores what is read as fp32.
+    """
+
+    bits: jax.Array
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def of(x: jax.Array) -> "Kept":
+        is_low = is_float(x) and x.dtype.itemsize == 2
+        return Kept(jax.lax.bitcast_convert_type(x, jnp.uint16) if is_low else x, x.dtype)
+
+    @property
+    def value(self) -> jax.Array:
+        return self.bits if self.bits.dtype == self.dtype else jax.lax.bitcast_convert_type(self.bits, self.dtype)
 
 
 def arguments(shared: dict, closure, x, inputs: dict) -> PyTree:

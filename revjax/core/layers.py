@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .chunks import ChunkedFunction
 from .coupling import AbstractCoupling
-from .plan import Inputs, Keep
+from .plan import Inputs, Keep, Reverse
 from .streams import Exact, Float
 from .trace import Function, trace
 
@@ -128,8 +128,9 @@ class Layers:
     def trace(runs: Sequence[Run], x, shared, context, coupling, arithmetic, constrain, keeps) -> "Layers":
         stream = jax.eval_shape(lambda x: arithmetic.decode(arithmetic.encode(x)), x)
         fns, replays = [], []
-        for run in runs:
+        for run, keep in zip(runs, keeps, strict=True):
             period, replay = [], []
+            names = keep.names if isinstance(keep, Reverse) else ()
             for f, params_L, side_L, cache_L in zip(run.fns, run.params_L, run.side_L, run.cache_L, strict=True):
                 params, side, cache = jax.eval_shape(
                     lambda t: jax.tree.map(lambda a: a[0], t), (params_L, side_L, cache_L)
@@ -140,14 +141,20 @@ class Layers:
                     period.append(_trace_chunk(f, params, stream, inputs, coupling))
                     replay.append(period[-1])
                     continue
-                period.append(trace(f, params, stream, inputs))
+                period.append(trace(f, params, stream, inputs, names))
                 if coupling.linear and period[-1].fx_dtype is None:
                     raise TypeError(
                         f"The coupling adds an array to x, but {getattr(f, '__name__', f)} returned none (but None, a "
                         "tuple or a dict). Return fx, or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
                     )
                 tape = period[-1].tape_shape
-                replay.append(trace(f, params, stream, inputs | {"tape": tape}) if tape is not None else period[-1])
+                replay.append(trace(f, params, stream, inputs | {"tape": tape}, names) if tape is not None else period[-1])
+            if names and not any(fn.num_named for fn in period):
+                raise ValueError(
+                    f"The plan keeps what is named {' or '.join(map(repr, names))}, but no function of the run names "
+                    "anything so: y = jax.ad_checkpoint.checkpoint_name(y, "
+                    f"{names[0]!r}). (revjax.nn.Attention does, but not with cuDNN; or use plan='nothing'.)"
+                )
             fns.append(tuple(period))
             replays.append(tuple(replay))
         return Layers(

@@ -101,9 +101,30 @@ def evaluate_pinned(closed: ClosedJaxpr, args: Sequence[Any], zero: jax.Array) -
     return _run(closed.jaxpr, closed.consts, args, _Pinned(closed.jaxpr, zero))
 
 
-def _run(jaxpr: Jaxpr, consts, args, apply: Callable[[Any, list], list]) -> list[Any]:
+def rewired(closed: ClosedJaxpr, *, given: Sequence[Any] = (), also: Sequence[Any] = ()) -> ClosedJaxpr:
+    """A program without functions in it, so that each of its variables, but those of loops, has one value.
+
+    Args:
+      given: variables of `closed` that become inputs, after the others; what computed them is left out.
+      also: variables of `closed` that become results, after the others.
+    """
+
+    def apply(eqn, args):
+        if eqn.primitive.name in _HOLDERS:
+            return _run(*_inner(eqn), args, apply)
+        return _bind(eqn, args, eqn.params)
+
+    def run(*args):
+        known = dict(zip(given, args[len(closed.in_avals) :], strict=True))
+        outs = [*closed.jaxpr.outvars, *also]
+        return _run(closed.jaxpr, closed.consts, args[: len(closed.in_avals)], apply, known, outs)
+
+    return jax.make_jaxpr(run)(*closed.in_avals, *(v.aval for v in given))
+
+
+def _run(jaxpr: Jaxpr, consts, args, apply: Callable[[Any, list], list], known=None, outvars=None) -> list[Any]:
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values |= dict(zip(jaxpr.invars, args, strict=True))
+    values |= dict(zip(jaxpr.invars, args, strict=True)) | (known or {})
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:
         info = eqn.source_info  # profilers and error messages name the line of f that an operation comes from
@@ -111,7 +132,8 @@ def _run(jaxpr: Jaxpr, consts, args, apply: Callable[[Any, list], list]) -> list
             info.traceback, name_stack=source_info_util.current_name_stack() + info.name_stack
         ):
             values.update(zip(eqn.outvars, apply(eqn, [read(v) for v in eqn.invars]), strict=True))
-    return [read(v) for v in jaxpr.outvars]
+            values |= known or {}
+    return [read(v) for v in outvars or jaxpr.outvars]
 
 
 def _inner(eqn) -> tuple[Jaxpr, Sequence[Any]]:

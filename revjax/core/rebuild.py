@@ -62,8 +62,8 @@ def _back(layers: Layers, diff, streams, rest, left):
             for fn, closure, given in reversed(list(zip(layers.replays[i], shared["closures"], inputs, strict=True))):
                 q, q_next = streams
                 # As in training, f is run with its gradient, so that it is compiled in the same company.
-                _, fx, _, _, _, leaves = forward.evaluate(layers, fn, shared, closure, q, given, vjp=True)
-                fx, _ = jax.lax.optimization_barrier((fx, leaves))
+                _, f = forward.evaluate(layers, fn, shared, closure, q, given, vjp=True)
+                fx, _ = jax.lax.optimization_barrier((f.fx, f.leaves))
                 q_prev = layers.arithmetic.unstep(layers.coupling, q, q_next, fx, given["kept"], given["number"])
                 decode = layers.arithmetic.decode
                 off.append(jnp.max(jnp.abs(decode(q_prev) - decode(given["before"]))).astype(jnp.float32))

@@ -34,7 +34,7 @@ from .guard import (
     refuse_gradient,
 )
 from .layers import Layers, Run, as_runs, with_whole_segments
-from .plan import Nothing, Plan, for_runs
+from .plan import Plan, Reverse, for_runs
 from .streams import Exact, FixedPoint, Float
 from .trace import combine, is_float, partition
 from .varying import vary_alike
@@ -106,7 +106,7 @@ def reversible_scan(
       runs: the functions and their stacked parameters.
       x: float array (B, ..., D), rows first; or the two streams to start from. One array starts both.
       coupling: how increments join the streams; RevNet() if None.
-      plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one of them for each run.
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", or one for each run.
       shared: a pytree that every f gets as `shared=`; not differentiated.
       context: a pytree that every f gets as `context=`, with gradients (cross-attention).
       canary: zeros (N, 3). Its gradient is, for each f, how many rows of the stream beside it were not
@@ -195,9 +195,9 @@ def prepare(runs, x, *, coupling, plan, shared, context, exact, fraction_bits, c
     coupling = RevNet() if coupling is None else coupling
     runs = as_runs(runs)
     runs, keeps, run_of_piece = with_whole_segments(runs, for_runs(plan, len(runs)))
-    if not coupling.reversible and any(isinstance(keep, Nothing) for keep in keeps):
+    if not coupling.reversible and any(isinstance(keep, Reverse) for keep in keeps):
         raise ValueError(
-            f"{type(coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
+            f"{type(coupling).__name__} has no inverse, so plans 'nothing' and 'attention' cannot rebuild its streams. "
             "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
         )
     streams = _start(x, coupling)

@@ -6,17 +6,33 @@ over that is itself traced becomes an input of the program, with a gradient.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 
-from .pin import evaluate, evaluate_pinned
+from .pin import evaluate, evaluate_pinned, rewired
 
 PyTree = Any
+
+
+class Result(NamedTuple):
+    """What came of running an f.
+
+    Attributes:
+      leaves: the new leaves of its vjp, where they were asked for.
+      named: the values that are kept by name.
+    """
+
+    fx: PyTree
+    aux: PyTree
+    tape: PyTree
+    cache: PyTree
+    leaves: list[jax.Array] | None
+    named: Sequence[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +49,7 @@ class Function:
       tape_shape: what f asks to be called with again (shapes), or None.
       fx_dtype: of the increment (None where that is a pytree).
       has_extras: f returned something beside the increment.
+      replay: the program with what is kept by name as further inputs; the program has it as further results.
     """
 
     program: ClosedJaxpr
@@ -44,30 +61,38 @@ class Function:
     tape_shape: PyTree
     fx_dtype: Any
     has_extras: bool
+    replay: ClosedJaxpr
 
-    def primal(self, args: PyTree, zero: jax.Array) -> PyTree:
-        """Returns ((fx, aux), (tape, cache))."""
-        return self(args, zero)[0]
+    def __call__(self, args: PyTree, zero: jax.Array, *, vjp: bool, named: Sequence[jax.Array] = ()) -> Result:
+        """Runs f. `zero`: see `evaluate_pinned`; `named`: what was kept by name, which is not computed again."""
+        program = self.replay if named else self.program
+        outs = evaluate_pinned(program, [*jax.tree.leaves(args), *named], zero)
+        n, m = self.num_out, self.num_out + len(self.forwarded)
+        new = [leaf for leaf, i in zip(outs[n:m], self.forwarded, strict=True) if i is None]
+        (fx, aux), (tape, cache) = jax.tree.unflatten(self.out_tree, outs[:n])
+        return Result(fx, aux, tape, cache, new if vjp else None, outs[m:])
 
-    def __call__(self, args: PyTree, zero: jax.Array) -> tuple[PyTree, list[jax.Array]]:
-        """Returns ((fx, aux), (tape, cache)) and the new leaves of its vjp. `zero`: see `evaluate_pinned`."""
-        outs = evaluate_pinned(self.program, jax.tree.leaves(args), zero)
-        new = [leaf for leaf, i in zip(outs[self.num_out :], self.forwarded, strict=True) if i is None]
-        return jax.tree.unflatten(self.out_tree, outs[: self.num_out]), new
+    @property
+    def num_named(self) -> int:
+        """How many values are kept by name."""
+        return len(self.program.out_avals) - self.num_out - len(self.forwarded)
 
     def transpose(self, args: PyTree, new: list[jax.Array], cotangents: PyTree) -> PyTree:
-        """The gradients with respect to the differentiated arguments, given the leaves that `__call__` returned."""
+        """The gradients with respect to the differentiated arguments, given the leaves of a `Result`."""
         inputs, new_leaves = jax.tree.leaves(args), iter(new)
         leaves = [next(new_leaves) if i is None else inputs[i] for i in self.forwarded]
         return jax.tree.unflatten(self.vjp_tree, leaves)(cotangents)
 
 
-def trace(f: Callable, params: PyTree, x: jax.ShapeDtypeStruct, inputs: dict[str, PyTree]) -> Function:
+def trace(
+    f: Callable, params: PyTree, x: jax.ShapeDtypeStruct, inputs: dict[str, PyTree], names: Sequence[str] = ()
+) -> Function:
     """Traces f once, for the shapes of one layer.
 
     Args:
       params, x, inputs: shapes (or arrays). `inputs` holds the keywords that f is called with: any of
         side, shared, context, tape, cache.
+      names: of the values that are kept for the backward pass (`jax.ad_checkpoint.checkpoint_name`).
 
     Raises:
       TypeError, ValueError: f returned something that cannot be added to x.
@@ -112,11 +137,23 @@ def trace(f: Callable, params: PyTree, x: jax.ShapeDtypeStruct, inputs: dict[str
     place = {v: i for i, v in enumerate(program.jaxpr.invars) if i != len(jax.tree.leaves(params))}
     n = trees["num_out"]
     forwarded = tuple(None if isinstance(v, Literal) else place.get(v) for v in program.jaxpr.outvars[n:])
+    program, replay = _keeping(program, names) if names else (program, program)
     extras = bool(jax.tree.leaves((shape[0][1], shape[1])))
     fx_dtype = getattr(shape[0][0], "dtype", None)
     return Function(
-        program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0], fx_dtype=fx_dtype, has_extras=extras
+        program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0], fx_dtype, extras, replay
     )
+
+
+def _keeping(program: ClosedJaxpr, names: Sequence[str]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+    """The program with what has one of the names as further results, and with the same as further inputs.
+
+    Kept is what was given the name, which derivatives of what computed it read as well.
+    """
+    program = rewired(program)
+    is_kept = lambda eqn: eqn.primitive.name == "name" and eqn.params["name"] in names
+    named = list(dict.fromkeys(eqn.invars[0] for eqn in program.eqns if is_kept(eqn)))
+    return rewired(program, also=named), rewired(program, given=named)
 
 
 def split(args: PyTree) -> tuple[PyTree, PyTree]:

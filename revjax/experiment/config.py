@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from ..core import parse_coupling
-from ..core.plan import Nothing
+from ..core.plan import Reverse
 from ..core.plan import parse as parse_plan
 from ..data import DataConfig
 from ..errors import ConfigError
@@ -56,7 +56,9 @@ class FolderConfig:
 class MemoryConfig:
     """What the backward pass finds kept."""
 
-    plan: str = "nothing"  # nothing (rebuild), inputs:K (recompute from every K-th layer) or all (store)
+    # nothing (rebuild), attention (rebuild, but keep attention's outputs), inputs:K (recompute from every K-th layer)
+    # or all (store)
+    plan: str = "nothing"
     accumulation: int = 1  # micro-batches that data.batch_size is cut into, one after another
 
     def __post_init__(self):
@@ -92,9 +94,9 @@ class RunConfig:
                 f"memory.accumulation must divide data.batch_size, but got {self.memory.accumulation} and "
                 f"{self.data.batch_size}."
             )
-        if not parse_coupling(self.model.coupling).reversible and isinstance(parse_plan(self.memory.plan), Nothing):
+        if not parse_coupling(self.model.coupling).reversible and isinstance(parse_plan(self.memory.plan), Reverse):
             raise ConfigError(
-                f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan 'nothing' cannot rebuild its "
+                f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan {self.memory.plan!r} cannot rebuild its "
                 "streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible coupling."
             )
         if self.model.positions == "learned" and self.model.max_length < self.data.sequence_length:

@@ -23,18 +23,28 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
 
 
 def hardware_flops_per_token(config: DecoderConfig, sequence_length: int, plan: str) -> float:
-    """As `flops_per_token`, with what the plan computes again: every layer's forward pass, unless all is stored."""
-    passes = 3 if plan == "all" else 4
-    layers = passes * config.num_layers * layer_forward_flops(config, sequence_length)
-    return layers + 6 * config.vocab_size * config.d_model
+    """As `flops_per_token`, with what the plan computes again.
+
+    That is every layer's forward pass; with `attention`, but for the kernel of attention; with `all`, nothing.
+    """
+    again = 0.0 if plan == "all" else layer_forward_flops(config, sequence_length)
+    if plan == "attention":
+        again -= attention_kernel_flops(config, sequence_length)
+    return flops_per_token(config, sequence_length) + config.num_layers * again
 
 
 def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:
-    """FLOPs of one layer's forward pass for one token: 2 for each weight, 4 for each channel and visible position."""
+    """FLOPs of one layer's forward pass for one token: 2 for each weight, and the kernel of attention."""
     heads = config.num_heads * config.head_size
     attention = config.d_model * (2 * heads + 2 * config.kv_heads * config.head_size)
     mlp = (3 if config.gated else 2) * config.d_model * config.mlp_width
-    return 2.0 * (attention + mlp) + 4.0 * heads * min(sequence_length / 2, config.window or sequence_length)
+    return 2.0 * (attention + mlp) + attention_kernel_flops(config, sequence_length)
+
+
+def attention_kernel_flops(config: DecoderConfig, sequence_length: int) -> float:
+    """FLOPs of softmax(q k^T) v in one layer's forward pass for one token: 4 for each channel and visible position."""
+    heads = config.num_heads * config.head_size
+    return 4.0 * heads * min(sequence_length / 2, config.window or sequence_length)
 
 
 def summary(model: Decoder) -> str:

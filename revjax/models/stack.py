@@ -19,7 +19,7 @@ from flax import nnx
 from ..core import (
     AbstractCoupling,
     FixedPoint,
-    Nothing,
+    Reverse,
     RevNet,
     Run,
     ScanResult,
@@ -58,7 +58,7 @@ class ReversibleStack(nnx.Module):
       num_layers: how many blocks.
       coupling: how increments join the streams, or its name ("near-residual:1"); RevNet() if None; a call may pass
         another.
-      plan: what the backward pass finds kept: "nothing", "inputs:K", "all", or one for each run.
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", or one for each run.
       exact, fraction_bits, constrain: see `revjax.reversible_scan`.
       gather: what one layer's parameters go through before they are used, such as `revjax.sharding.gather_layer(mesh)`.
       rngs: for the parameters. Each layer gets its own.
@@ -124,7 +124,7 @@ class ReversibleStack(nnx.Module):
             raise ValueError(
                 f"{type(self.coupling).__name__} has no exact arithmetic: pass exact=False for float streams."
             )
-        if not self.coupling.reversible and Nothing() in keeps:
+        if not self.coupling.reversible and any(isinstance(keep, Reverse) for keep in keeps):
             raise ValueError(
                 f"{type(self.coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
                 "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
@@ -176,7 +176,8 @@ class ReversibleStack(nnx.Module):
         given = self._arguments(x, key, context, cache, coupling, side)
         evaluated = self.coupling.reversible and not given["coupling"].reversible
         if plan is None:  # an ensemble that is evaluated is an ordinary network, without an inverse
-            plan = "inputs" if evaluated and Nothing() in for_runs(self.plan, len(self.runs)) else self.plan
+            reverses = any(isinstance(keep, Reverse) for keep in for_runs(self.plan, len(self.runs)))
+            plan = "inputs" if evaluated and reverses else self.plan
         return reversible_scan(**given, plan=plan, canary=self.canary[...], constrain=self.constrain)
 
     def reconstruction_error(self, x, *, key=None, context=None, coupling=None, **side) -> jax.Array:

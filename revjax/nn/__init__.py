@@ -16,7 +16,6 @@ from .dropout import stochastic_depth as stochastic_depth
 from .embedding import Embedding as Embedding
 from .embedding import LearnedPositions as LearnedPositions
 from .flash import flash_attention as flash_attention
-from .flash import flash_attention_replay as flash_attention_replay
 from .flash import flash_attention_with_lse as flash_attention_with_lse
 from .linear import Linear as Linear
 from .mlp import MLP as MLP

@@ -43,6 +43,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from .blocks import (
     at,
@@ -121,28 +122,13 @@ def flash_attention_with_lse(q_BTNH, k_BSKH, v_BSKH, **options) -> tuple[jax.Arr
     return _flash(spec, q_BTNH, k_BSKH, v_BSKH, side)
 
 
-def flash_attention_replay(q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, **options) -> jax.Array:
-    """Returns `o_BTNH` as it was given, with the gradient of `flash_attention` for q, k and v.
-
-    The forward kernel is not run: a backward pass that kept `o` and `lse` saves its cost. They must come
-    from `flash_attention_with_lse` with the same inputs and options; they get no gradient themselves.
-    """
-    spec, side = prepare(q_BTNH, k_BSKH, v_BSKH, **options)
-    if o_BTNH.shape != (*q_BTNH.shape[:3], v_BSKH.shape[3]) or lse_BNT.shape != _lse_shape(q_BTNH):
-        raise ValueError(
-            f"o and lse must have the shapes {(*q_BTNH.shape[:3], v_BSKH.shape[3])} and {_lse_shape(q_BTNH)}, but got "
-            f"{o_BTNH.shape} and {lse_BNT.shape}. Keep what `flash_attention_with_lse` returned for these inputs."
-        )
-    return _replay(spec, q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, side)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(spec, q, k, v, side):
     return _flash_fwd(spec, q, k, v, side)[0]
 
 
 def _flash_fwd(spec, q, k, v, side):
-    o, lse = _forward(spec, q, k, v, side)
+    o, lse = (checkpoint_name(x, "attention") for x in _forward(spec, q, k, v, side))  # what plan "attention" keeps
     return (o, lse), (q, k, v, o, lse, side)
 
 
@@ -151,24 +137,6 @@ def _flash_bwd(spec, residuals, cotangents):
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _replay(spec, q, k, v, o, lse, side):
-    return o
-
-
-def _replay_fwd(spec, q, k, v, o, lse, side):
-    return o, (q, k, v, o, lse, side)
-
-
-def _replay_bwd(spec, residuals, do):
-    _, _, _, o, lse, _ = residuals
-    dlse = jnp.zeros_like(lse)
-    return *_backward(spec, *residuals, do, dlse), jnp.zeros_like(o), jnp.zeros_like(lse), None
-
-
-_replay.defvjp(_replay_fwd, _replay_bwd)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # called outside of a jit, the loop is compiled once
@@ -277,7 +245,3 @@ def _matmul(a, b):
 def _transposed(x):
     """A transposed copy: without the barrier XLA would fold it back into the (then slow) matmul."""
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-
-
-def _lse_shape(q_BTNH):
-    return (q_BTNH.shape[0], q_BTNH.shape[2], q_BTNH.shape[1])

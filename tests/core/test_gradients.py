@@ -1,9 +1,12 @@
 """Gradients are those of the stored run of the same rounded network; every input that has one gets it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from revjax import core
 from revjax.core import Run, reversible_scan
@@ -11,10 +14,15 @@ from revjax.core import Run, reversible_scan
 from .problems import COUPLINGS, D, T, make_problem, make_run, objective
 
 L = 12
+NAMED = core.Reverse(("increment",))
 
 
 def f32_mix(w, x):
     return jnp.tanh(x @ w)
+
+
+def named(f):
+    return lambda *args, **kwargs: checkpoint_name(f(*args, **kwargs), "increment")
 
 
 def f32_swish(w, x):
@@ -61,13 +69,15 @@ def test_gradients_equal_those_of_plain_jax(coupling, b, h):
 def test_every_plan_gives_the_same_loss_and_the_same_gradients_to_the_bit(name, dtype):
     """Rebuilt, recomputed or stored: in fp32, and in bf16 with dropout."""
     params, x, side = make_problem(L)
-    of = {"fp32": lambda p: Run((f32_mix, f32_swish), p), "bf16": lambda p: make_run(p, side)}[dtype]
+    def of(params):
+        run = Run((f32_mix, f32_swish), params) if dtype == "fp32" else make_run(params, side)
+        return dataclasses.replace(run, fns=tuple(map(named, run.fns)))
 
     def run(plan):
         loss = lambda p, x: objective(reversible_scan(of(p), x, coupling=COUPLINGS[name], plan=plan))
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
 
-    expected, *others = run("all"), run("nothing"), run("inputs:5")
+    expected, *others = run("all"), run("nothing"), run("inputs:5"), run(NAMED)
     for other in others:
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -171,14 +181,34 @@ def test_a_decision_on_the_tape_is_not_taken_again(plan):
     assert not jax.jit(jax.grad(loss, 1))(params[0], jnp.zeros((4, 3)))[:, 0].any()
 
 
+@pytest.mark.parametrize("plan, is_kept", [(core.Reverse(("draw",)), True), ("nothing", False)])
+def test_what_is_kept_by_name_is_not_computed_again(plan, is_kept):
+    """Noise that would be other noise the second time, inside a function of its own."""
+    params, x, _ = make_problem(4, scale=0.5)
+    draws = iter(range(1, 10**6))
+    noise = lambda _: np.full((), next(draws) / 100, np.float32)
+
+    @jax.jit
+    def noisy(x, side):
+        y = x + jax.pure_callback(noise, jax.ShapeDtypeStruct((), jnp.float32), side)
+        return checkpoint_name(y, "draw")
+
+    f = lambda w, x, side: jnp.tanh(noisy(x, side) @ w)
+    loss = lambda w, canary: objective(reversible_scan(Run(f, w, jnp.arange(4)), x, plan=plan, canary=canary))
+    wrong = jax.jit(jax.grad(loss, 1))(params[0], jnp.zeros((4, 3)))[:, 0]
+    assert wrong.any() != is_kept
+
+
 @pytest.mark.parametrize(
-    "plans", [("nothing", "all"), ("all", "nothing"), ("inputs:2", "nothing"), ("nothing", "inputs")]
+    "plans",
+    [("nothing", "all"), ("all", "nothing"), ("inputs:2", "nothing"), ("nothing", "inputs"), (NAMED, "all")],
 )
 def test_runs_with_plans_of_their_own_share_one_gradient(plans):
     params, x, side = make_problem(4)
 
     def loss(params, plan, canary):
-        runs = [make_run(params, side), Run(f32_mix, params[0][:2])]
+        run = make_run(params, side)
+        runs = [dataclasses.replace(run, fns=(named(run.fns[0]), run.fns[1])), Run(f32_mix, params[0][:2])]
         return objective(reversible_scan(runs, x, plan=plan, canary=canary))
 
     grad = jax.jit(jax.grad(loss, (0, 2)), static_argnums=1)

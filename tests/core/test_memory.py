@@ -15,7 +15,7 @@ def f(w, x):
     return h @ w["down"].astype(jnp.bfloat16)
 
 
-def temp_bytes(num_layers, coupling, plan="nothing"):
+def temp_bytes(num_layers, coupling, plan="nothing", f=f):
     shapes = {"up": (num_layers, D, F), "down": (num_layers, F, D)}
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
     loss = lambda w, x: jnp.mean(reversible_scan(Run(f, w), x, coupling=coupling, plan=plan).mean ** 2)
@@ -44,6 +44,19 @@ def test_keyframes_cost_two_streams_each():
     streams = 64 // 4 * 2 * B * T * D * 4
     copies_of_gradients = 2 * 64 * 2 * D * F * 4  # XLA on jax 0.10 copies what a loop inside a loop writes
     assert streams <= grows <= 1.1 * streams + copies_of_gradients
+
+
+def test_what_is_kept_by_name_costs_its_own_bytes():
+    """Two bytes for each number of bf16, though what reads them converts to fp32 first."""
+
+    def named(w, x):
+        h = jax.ad_checkpoint.checkpoint_name(x.astype(jnp.bfloat16) @ w["up"].astype(jnp.bfloat16), "hidden")
+        return jax.nn.silu(h) @ w["down"].astype(jnp.bfloat16)
+
+    bytes_of = lambda num_layers: temp_bytes(num_layers, core.RevNet(), core.Reverse(("hidden",)), named)
+    grows = bytes_of(128) - bytes_of(64)
+    hidden, checksums = 64 * B * T * F * 2, 64 * B * 4
+    assert hidden <= grows <= hidden + 8 * checksums
 
 
 def test_a_gradient_lowers_for_other_platforms():

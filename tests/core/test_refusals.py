@@ -98,6 +98,13 @@ def test_a_coupling_without_inverse_needs_a_plan():
         total(coupling=core.Residual())
 
 
+def test_a_name_that_no_value_has_is_an_error():
+    with pytest.raises(ValueError, match="no function of the run names anything so"):
+        total(plan="attention")
+    with pytest.raises(TypeError, match="names must be a tuple of strings, but got 'attention'"):
+        core.Reverse("attention")
+
+
 class Euler(core.AbstractCoupling):
     """A user's own, as short as it can be: nothing in it can be undone."""
 

@@ -73,6 +73,24 @@ def test_cached_logits_equal_the_full_pass(name):
     np.testing.assert_allclose(logits, exact(TOKENS), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["rotary", "window", "block", "near-residual"])
+def test_the_plan_attention_gives_the_same_bits_without_the_forward_kernel_in_the_backward_pass(name):
+    config = dataclasses.replace(VARIANTS[name], dtype="bfloat16", attention_dropout=0.1, dropout=0.1)
+    tokens = jax.random.randint(jax.random.key(1), (1, 513), 0, 50)  # several blocks: the kernel is a loop
+
+    def run(plan):
+        model = revjax.Decoder(config, plan=plan, rngs=nnx.Rngs(0))
+        step = jax.jit(lambda model, tokens: revjax.value_and_grad(mean_loss)(model, tokens, key=jax.random.key(2)))
+        with_blocks = step.lower(model, tokens).compile()
+        return with_blocks(model, tokens), with_blocks.as_text().count(" while(")
+
+    ((nothing, report), gradient), loops = run("nothing")
+    ((attention, kept_report), kept_gradient), kept_loops = run("attention")
+    assert attention == nothing and report.canary == kept_report.canary == 0
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(gradient), nnx.state(kept_gradient))
+    assert kept_loops < loops
+
+
 def rms_norm(x):
     return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
 
@@ -180,6 +198,7 @@ def test_parameters_and_flops_are_counted():
     assert num_params(model) == v * d + weights + 3 * 2 * d + d
     assert flops_per_token(TINY, 100) == 6 * (weights + v * d) + 12 * 3 * h * 50
     assert hardware_flops_per_token(TINY, 100, "all") == flops_per_token(TINY, 100)
+    assert hardware_flops_per_token(TINY, 100, "attention") == 8 * weights + 6 * v * d + 12 * 3 * h * 50
     assert hardware_flops_per_token(TINY, 100, "nothing") == 8 * weights + 6 * v * d + 16 * 3 * h * 50
     assert f"{num_params(model):,}" in summary(model) and "4 heads of 8, 2 kv heads" in summary(model)
 

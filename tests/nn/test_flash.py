@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from revjax.nn import flash_attention, flash_attention_replay, flash_attention_with_lse
+from revjax.nn import flash_attention, flash_attention_with_lse
 from revjax.nn.blocks import Tiling
 
 TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # fp32, another order of summation
@@ -113,27 +113,6 @@ def test_vmap_over_traced_offsets():
     attend = jax.jit(lambda offset: flash_attention(q, k, v, causal=True, q_offset=offset, block_q=4, block_k=8))
     offsets = jnp.array([0, 13, 28])
     same(jax.jit(jax.vmap(attend))(offsets), jnp.stack([attend(offset) for offset in offsets]))
-
-
-@pytest.mark.parametrize("dropout", [0.3])
-def test_a_replay_returns_what_it_was_given_and_has_the_gradients_of_the_kernel(dropout):
-    (q, k, v), options = inputs(4, 2, causal=True, dropout=dropout)
-    (o, lse), vjp = jax.vjp(lambda *qkv: flash_attention_with_lse(*qkv, **options), q, k, v)
-    replayed, replay_vjp = jax.vjp(lambda *qkv: flash_attention_replay(*qkv, o, lse, **options), q, k, v)
-    np.testing.assert_array_equal(replayed, o)
-    do = normal(9, *o.shape)
-    for a, b in zip(replay_vjp(do), vjp((do, jnp.zeros_like(lse))), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_a_replay_does_not_run_the_forward_kernel():
-    (q, k, v), _ = inputs(4, 2, T=64, S=64)
-    o, lse = flash_attention_with_lse(q, k, v)
-    count = lambda f: jax.jit(f).lower(q, k, v).as_text().count("stablehlo.dot_general")
-    assert count(lambda *qkv: flash_attention_replay(*qkv, o, lse)) == 0
-    grad = lambda attend: jax.grad(lambda *qkv: jnp.sum(attend(*qkv)), (0, 1, 2))
-    assert count(grad(lambda *qkv: flash_attention_replay(*qkv, o, lse))) == 5
-    assert count(grad(flash_attention)) == 7  # two of them forward
 
 
 def test_only_inputs_output_and_lse_are_kept_for_backward():
