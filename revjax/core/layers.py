@@ -148,7 +148,9 @@ class Layers:
                         "tuple or a dict). Return fx, or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
                     )
                 tape = period[-1].tape_shape
-                replay.append(trace(f, params, stream, inputs | {"tape": tape}, names) if tape is not None else period[-1])
+                replay.append(
+                    trace(f, params, stream, inputs | {"tape": tape}, names) if tape is not None else period[-1]
+                )
             if names and not any(fn.num_named for fn in period):
                 raise ValueError(
                     f"The plan keeps what is named {' or '.join(map(repr, names))}, but no function of the run names "

@@ -140,9 +140,7 @@ def trace(
     program, replay = _keeping(program, names) if names else (program, program)
     extras = bool(jax.tree.leaves((shape[0][1], shape[1])))
     fx_dtype = getattr(shape[0][0], "dtype", None)
-    return Function(
-        program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0], fx_dtype, extras, replay
-    )
+    return Function(program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0], fx_dtype, extras, replay)
 
 
 def _keeping(program: ClosedJaxpr, names: Sequence[str]) -> tuple[ClosedJaxpr, ClosedJaxpr]:

@@ -4,6 +4,7 @@ plain    y = act(x up) down
 gated    y = (act(x gate) * (x up)) down            (GLU variants, arXiv:2002.05202)
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -20,6 +21,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+
+
+# The backward pass computes the activation again, and keeps none of the steps inside it.
+_from_inputs = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class MLP(nnx.Module):
@@ -53,7 +58,7 @@ class MLP(nnx.Module):
         act, up_BTF = ACTIVATIONS[self.activation], self.up(x_BTD)
         wide = accumulator(up_BTF.dtype)  # one rounding at the end: as exact as it gets, and faster on CPU
         if self.gate is None:
-            h_BTF = act(up_BTF.astype(wide))
+            h_BTF = _from_inputs(lambda up: act(up.astype(wide)))(up_BTF)
         else:
-            h_BTF = act(self.gate(x_BTD).astype(wide)) * up_BTF.astype(wide)
+            h_BTF = _from_inputs(lambda gate, up: act(gate.astype(wide)) * up.astype(wide))(self.gate(x_BTD), up_BTF)
         return self.down(rounded(apply_dropout(h_BTF, self.dropout, key), up_BTF.dtype))

@@ -69,6 +69,7 @@ def test_gradients_equal_those_of_plain_jax(coupling, b, h):
 def test_every_plan_gives_the_same_loss_and_the_same_gradients_to_the_bit(name, dtype):
     """Rebuilt, recomputed or stored: in fp32, and in bf16 with dropout."""
     params, x, side = make_problem(L)
+
     def of(params):
         run = Run((f32_mix, f32_swish), params) if dtype == "fp32" else make_run(params, side)
         return dataclasses.replace(run, fns=tuple(map(named, run.fns)))

@@ -134,6 +134,15 @@ def test_the_mlp_is_its_equation(activation, gated):
     np.testing.assert_allclose(mlp(x), hidden @ mlp.down.kernel[...], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gated, hidden", [(False, 2), (True, 3)])
+def test_the_backward_pass_of_an_mlp_keeps_no_step_inside_the_activation(gated, hidden):
+    mlp, x = MLP(8, 16, gated=gated, rngs=nnx.Rngs(0)), jnp.ones((2, 5, 8), jnp.bfloat16)
+    _, vjp = jax.vjp(lambda x: mlp(x), x)
+    kept = sum(a.nbytes for a in jax.tree.leaves(vjp) if getattr(a, "dtype", None) == jnp.bfloat16)
+    wide = sum(a.nbytes for a in jax.tree.leaves(vjp) if getattr(a, "shape", ())[:2] == (2, 5)) - kept
+    assert kept == (2 * 5) * 2 * (hidden * 16 + (2 if gated else 1) * 8) and wide == 0
+
+
 def test_mlp_mistakes_are_named():
     with pytest.raises(ValueError, match="one of gelu, silu, relu, but got 'swish'"):
         MLP(8, 16, activation="swish", rngs=nnx.Rngs(0))
