@@ -31,7 +31,7 @@ class Result(NamedTuple):
     aux: PyTree
     tape: PyTree
     cache: PyTree
-    leaves: list[jax.Array] | None
+    leaves: list[jax.Array]
     named: Sequence[jax.Array]
 
 
@@ -70,7 +70,7 @@ class Function:
         n, m = self.num_out, self.num_out + len(self.forwarded)
         new = [leaf for leaf, i in zip(outs[n:m], self.forwarded, strict=True) if i is None]
         (fx, aux), (tape, cache) = jax.tree.unflatten(self.out_tree, outs[:n])
-        return Result(fx, aux, tape, cache, new if vjp else None, outs[m:])
+        return Result(fx, aux, tape, cache, new if vjp else [], outs[m:])
 
     @property
     def num_named(self) -> int:

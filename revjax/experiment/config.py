@@ -97,7 +97,8 @@ class RunConfig:
         if not parse_coupling(self.model.coupling).reversible and isinstance(parse_plan(self.memory.plan), Reverse):
             raise ConfigError(
                 f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan {self.memory.plan!r} cannot "
-                "rebuild its streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible coupling."
+                "rebuild its streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible "
+                "coupling."
             )
         if self.model.positions == "learned" and self.model.max_length < self.data.sequence_length:
             raise ConfigError(
