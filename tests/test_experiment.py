@@ -288,9 +288,24 @@ def test_runs_are_compared_in_a_table_and_a_plot(finished, tmp_path, capsys):
     header, line = table.splitlines()[:2]
     assert header.split()[:3] == ["run", "step", "train"] and line.split()[:2] == ["a", "10"]
     assert f"{read_metrics(folder / 'validation.jsonl')[-1]['bits_per_byte']:.3f}" in line
-    assert (tmp_path / "runs.png").stat().st_size > 1000
-    assert cli.main(["runs", str(folder)]) == 0 and capsys.readouterr().out == table
+    assert (tmp_path / "runs.png").stat().st_size > 1000 and table.endswith(f"\n\n{tmp_path / 'runs.png'}\n")
+    assert cli.main(["runs", str(folder)]) == 0 and table.startswith(capsys.readouterr().out)
     assert cli.main(["runs", str(tmp_path)]) == 2 and "There is no run in" in capsys.readouterr().err
+
+
+def test_a_run_whose_latest_losses_are_no_numbers_does_not_look_alive(tmp_path, capsys):
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "config.yaml").write_text("")
+    step = {"tokens_per_second": 10.0, "canary": 0, "unsafe": 3, "skipped": 0}
+    lines = [{"step": i, "bits_per_byte": None if i > 2 else 2.0} | step for i in range(1, 5)]
+    evaluations = [{"step": 0, "bits_per_byte": 7.9}, {"step": 4, "bits_per_byte": None}]
+    for name, of_it in (("metrics", lines), ("validation", evaluations)):
+        (tmp_path / "dead" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_it))
+    assert cli.main(["runs", str(tmp_path), f"--plot={tmp_path / 'runs.png'}"]) == 0
+    header, line = (row.split() for row in capsys.readouterr().out.replace("held out", "held_out").splitlines()[:2])
+    shown = dict(zip(header, line, strict=True))
+    assert (shown["train"], shown["held_out"], shown["best"]) == ("nan", "nan", "7.900")
+    assert (shown["canary"], shown["unsafe"]) == ("0", "12")
 
 
 class Says(nnx.Module):

@@ -14,7 +14,7 @@ def runs(argv: list[str]) -> int:
     """Prints a table of runs, of all in a folder (default: runs) or of those named; returns the exit code."""
     names, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(f"usage: {USAGE}\n\nA table of runs, and with --plot their training losses in one picture.")
+        print(f"usage: {USAGE}\n\nA table of runs, and with --plot their losses in one picture.")
         return 0
     unknown = [word for word in settings if not word.startswith("--plot=")]
     if unknown:
@@ -38,4 +38,5 @@ def runs(argv: list[str]) -> int:
             raise ConfigError(
                 f"Cannot write the plot to {path!r} (--plot): {getattr(e, 'strerror', None) or e}"
             ) from None
+        print(f"\n{path}")
     return code

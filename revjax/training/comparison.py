@@ -1,6 +1,7 @@
 """Runs side by side, from what they left in their folders."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import statistics
@@ -17,7 +18,7 @@ from .plots import smooth
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What a run has come to. None where it has not come to it yet."""
+    """What a run has come to. None where it has not come to it yet, nan where its latest is no number."""
 
     name: str
     step: int
@@ -26,27 +27,43 @@ class RunSummary:
     best_held_out: float | None
     tokens_per_second: float | None  # median
     canary: int  # rows not rebuilt to the bit, over all steps
+    unsafe: int  # elements that were not finite or did not fit, over all steps
     skipped: int  # updates left out
-    losses: list[float]  # of training, bits per byte, each step
+    losses: dict[int, float]  # of training, in bits per byte, by step; those that are no number are left out
+    held_out_losses: dict[int, float]  # of the held-out text, likewise
 
 
 def summarize_run(folder: str | os.PathLike) -> RunSummary:
     """Reads the .jsonl files of the run in `folder`."""
     folder = pathlib.Path(folder)
     steps, evaluations = (read_metrics(folder / f"{name}.jsonl") for name in ("metrics", "validation"))
-    finite = lambda lines, name: [line[name] for line in lines if line.get(name) is not None]
-    losses, held_out = finite(steps, "bits_per_byte"), finite(evaluations, "bits_per_byte")
+    losses, held_out = _by_step(steps), _by_step(evaluations)
+    recent = list(losses.values())[-max(len(losses) // 50, 1) :]
+    speeds = [line["tokens_per_second"] for line in steps]
     return RunSummary(
         name=folder.name,
         step=steps[-1]["step"] if steps else 0,
-        bits_per_byte=float(np.mean(losses[-max(len(losses) // 50, 1) :])) if losses else None,
-        held_out=held_out[-1] if held_out else None,
-        best_held_out=min(held_out, default=None),
-        tokens_per_second=statistics.median(finite(steps, "tokens_per_second")) if steps else None,
+        bits_per_byte=_latest(steps, float(np.mean(recent)) if recent else math.nan),
+        held_out=_latest(evaluations, next(reversed(held_out.values()), math.nan)),
+        best_held_out=min(held_out.values(), default=None),
+        tokens_per_second=statistics.median(speeds) if speeds else None,
         canary=sum(line["canary"] for line in steps),
+        unsafe=sum(line["unsafe"] for line in steps),
         skipped=steps[-1]["skipped"] if steps else 0,
         losses=losses,
+        held_out_losses=held_out,
     )
+
+
+def _by_step(lines: list[dict[str, Any]]) -> dict[int, float]:
+    return {line["step"]: line["bits_per_byte"] for line in lines if line["bits_per_byte"] is not None}
+
+
+def _latest(lines: list[dict[str, Any]], number: float) -> float | None:
+    """`number`, unless there are no lines (None) or the last one has no number (nan)."""
+    if not lines:
+        return None
+    return math.nan if lines[-1]["bits_per_byte"] is None else number
 
 
 def find_runs(folder: str | os.PathLike) -> list[pathlib.Path]:
@@ -68,6 +85,7 @@ def table(summaries: list[RunSummary]) -> str:
         "best": lambda s: _number(s.best_held_out),
         "tokens/s": lambda s: "-" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
         "canary": lambda s: f"{s.canary}",
+        "unsafe": lambda s: f"{s.unsafe}",
         "skipped": lambda s: f"{s.skipped}",
     }
     rows = [list(columns)] + [[cell(s) for cell in columns.values()] for s in summaries]
@@ -77,25 +95,28 @@ def table(summaries: list[RunSummary]) -> str:
 
 
 def plot_runs(summaries: list[RunSummary], path: pathlib.Path) -> None:
-    """Draws the running mean of the training loss of every run, in bits per byte."""
+    """Draws the losses of every run in bits per byte: of training, a running mean; of the held-out text, dashed."""
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    curves = {s.name: smooth(np.array(s.losses)) for s in summaries if len(s.losses) > 1}
-    for i, (name, losses) in enumerate(curves.items()):
-        style = ("-", "--", ":", "-.")[i // 10 % 4]  # there are ten colours
-        axes.plot(np.arange(1, len(losses) + 1), losses, style, linewidth=1.4, label=name)
-    if curves:  # as in loss.png, the first steps may be above the frame
-        lowest = min(losses.min() for losses in curves.values())
-        highest = max(np.quantile(losses, 0.97) for losses in curves.values())
+    drawn = [s for s in summaries if len(s.losses) > 1]
+    lowest, highest = math.inf, -math.inf
+    for i, summary in enumerate(drawn):
+        color, style = f"C{i % 10}", ("-", ":", "-.")[i // 10 % 3]  # there are ten colours
+        losses, held_out = smooth(np.array([*summary.losses.values()])), summary.held_out_losses
+        axes.plot([*summary.losses], losses, style, color=color, linewidth=1.4, label=summary.name)
+        axes.plot([*held_out], [*held_out.values()], "o--", color=color, markersize=3, linewidth=1)
+        lowest = min([lowest, losses.min(), *held_out.values()])
+        highest = max([highest, np.quantile(losses, 0.97), *list(held_out.values())[-1:]])
+    if drawn:  # as in loss.png, the first steps may be above the frame
         margin = 0.05 * max(highest - lowest, 0.1)
         axes.set_ylim(lowest - margin, highest + margin)
-    axes.set(xlabel="step", ylabel="training loss in bits per byte, running mean")
+    axes.set(xlabel="step", ylabel="loss in bits per byte (dashed: held-out text)")
     axes.grid(color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if curves:
+    if drawn:
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path)
 
