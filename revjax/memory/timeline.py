@@ -222,21 +222,35 @@ class _Walk:
 
     def origin(self, value: Value) -> tuple[str, str]:
         """What a value is for, and the line of Python it comes from; where XLA does not say, of its first reader."""
+        vague = 0
         for links in (self.reads, self.reader):
             seen, at = set(), value
             while at not in seen:
                 seen.add(at)
                 frame = self._frame(self.instructions[at[0]])
                 if frame and (links is self.reader or at not in self.reads):
-                    return self._category(frame)
+                    if not self._is_vague(frame) or self._is_integer(at):
+                        return self._category(frame)
+                    vague = vague or frame
                 at = links.get(at, at)
-        return OTHER, ""
+        return self._category(vague) if vague else (OTHER, "")
 
     def _frame(self, instruction: Instruction) -> int:
-        if instruction.frame or instruction.opcode != "fusion":
-            return instruction.frame
         inside = [i.frame for c in instruction.called for i in self.module.computations[c].instructions if i.frame]
-        return inside[-1] if inside else 0
+        frames = [instruction.frame] * bool(instruction.frame) + inside[::-1] * (instruction.opcode == "fusion")
+        if not frames or self._is_integer((instruction.id, ())):
+            return frames[0] if frames else 0
+        return next((frame for frame in frames if not self._is_vague(frame)), frames[0])
+
+    def _is_integer(self, value: Value) -> bool:
+        """Whether it is made of 32-bit integers: where nothing better is known, a stream or one on its way."""
+        shape = self.instructions[value[0]].dtype_shape.get(value[1], "")
+        return shape.startswith(("s32[", "u32["))
+
+    def _is_vague(self, frame: int) -> bool:
+        """Whether it is the call of a loop over layers, which is all that jax tells of operations of its own."""
+        file, _ = next(self.module.stack(frame))
+        return file.endswith(("revjax/core/scan.py", "revjax/core/forward.py", "revjax/core/backward.py"))
 
     def _category(self, frame: int) -> tuple[str, str]:
         frames = list(self.module.stack(frame))

@@ -70,6 +70,8 @@ def test_what_a_buffer_is_for_follows_from_its_line(step):
         for b in step.buffers
         if b.category == "attention"
     )
+    by_blocks = [b for b in step.buffers if b.shape.startswith("f32[") and b.shape.count(",") == 4]
+    assert by_blocks and {b.category for b in by_blocks} == {"attention"}  # zeros and copies too
     sums = step.by_category(step.peak())
     assert sum(sums.values()) == sum(buffer.bytes for buffer in step.live(step.peak()))
     assert sums["other"] < 0.05 * step.temp_bytes
