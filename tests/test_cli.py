@@ -1,5 +1,6 @@
 """A mistake is one message, exit code 2 and nothing written; Ctrl-C leaves a checkpoint that loads."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from revjax import cli, experiment
+from revjax.cli.terminal import shown, visible
 from revjax.config import load
 from revjax.data import FileTokenizer
 from revjax.experiment.doctor import known_problems
@@ -249,6 +251,42 @@ def test_ctrl_c_leaves_a_checkpoint_that_generates(tmp_path, capsys):
     assert experiment.load_run(tmp_path / "runs" / "tiny").model.config.d_model == 32
     assert cli.main(["generate", str(tmp_path / "runs" / "tiny"), "--prompt=def ", "--max_new_tokens=4"]) == 0
     assert capsys.readouterr().out.startswith("def ")
+
+
+def test_only_a_terminal_gets_control_characters_as_escapes(monkeypatch):
+    text = "def f():\n\t\x1b[2J\x08\x07é\x9b\x7f\r"
+    assert visible(text) == "def f():\n\t\\x1b[2J\\x08\\x07é\\x9b\\x7f\\x0d"
+    controller, terminal = os.openpty()
+    with open(terminal, "w") as out, os.fdopen(controller, "rb"):
+        monkeypatch.setattr("sys.stdout", out)
+        assert shown(text) == visible(text)
+    with open(os.devnull, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert shown(text) == text
+
+
+def test_a_model_that_writes_control_characters_does_not_garble_a_terminal(tmp_path):
+    """A run whose prompt has one stands for a model that writes one."""
+    words = [TINY, f"--run.folder={tmp_path}", "--training.steps=1", "--training.sample_prompt=a\x1b[2J"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    for command in (["train", *words], ["generate", f"{tmp_path}/tiny", "--prompt=a\x1b[2J", "--max_new_tokens=4"]):
+        controller, terminal = os.openpty()
+        command = [sys.executable, str(ROOT / "scripts" / f"{command[0]}.py"), *command[1:]]
+        with subprocess.Popen(command, env=environ, stdout=terminal, stderr=subprocess.DEVNULL) as process:
+            os.close(terminal)
+            out = _all_of(controller)
+        assert process.returncode == 0 and b"a\\x1b[2J" in out and b"\x1b" not in out
+    piped = subprocess.run(command, env=environ, capture_output=True)
+    assert b"a\x1b[2J" in piped.stdout
+
+
+def _all_of(controller):
+    """What comes out of a terminal until nobody writes to it."""
+    out = b""
+    with os.fdopen(controller, "rb", buffering=0) as file, contextlib.suppress(OSError):  # the end, on Linux
+        while piece := file.read(4096):
+            out += piece
+    return out
 
 
 def test_a_tokenizer_is_trained_and_nothing_is_overwritten(here, capsys):

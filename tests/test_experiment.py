@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -413,6 +414,41 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(text, tmp_pat
 def test_exit_codes_are_those_of_the_docs(finished, tmp_path, ended, number, code):
     outcome = dataclasses.replace(finished[2].outcome, ended=ended, signal=number)
     assert experiment.Result(outcome, 0, 0.0, None, tmp_path).exit_code == code
+
+
+def test_a_run_whose_model_is_broken_says_so_first_and_ends_with_its_own_exit_code(finished, tmp_path):
+    config, ready, result = finished
+
+    def breaking(state, batch):
+        state, metrics = ready.train_step(state, batch)
+        broken = jax.tree.map(lambda p: p * np.nan, state.params) if int(state.step) == 7 else state.params
+        return dataclasses.replace(state, params=broken), metrics
+
+    copied = jax.tree.map(jax.numpy.copy, result.outcome.state)  # a step uses them up
+    new = dataclasses.replace(
+        ready,
+        folder=RunFolder(tmp_path / "a", config),
+        batches=Batches(ready.corpus, batch_size=4, sequence_length=32, seed=0),
+        state=dataclasses.replace(copied, step=jax.numpy.zeros((), "int32")),
+        train_step=breaking,
+    )
+    result = experiment.run(new)
+    assert result.outcome.ended == "finished" and result.exit_code == 3 and result.sample is None
+    summary = experiment.summarize(result)
+    assert summary.startswith("BROKEN       the model is of no use: since step 8, its loss is no number.")
+    assert "--training.on_trouble=rewind" in summary and "On:" not in summary
+    assert "no number at step 10" in summary and not (tmp_path / "a" / "sample.txt").exists()
+
+
+def test_a_sample_that_adds_nothing_to_its_prompt_is_none(finished, tmp_path):
+    config, ready, result = finished
+    shutil.copytree(config.run.path, tmp_path / "a")
+    silent = types.SimpleNamespace(abstract=ready.skeleton.abstract, merge=lambda params: Says("\0"))
+    again = dataclasses.replace(
+        ready, folder=RunFolder(tmp_path / "a", config), skeleton=silent, state=result.outcome.state
+    )
+    result = experiment.run(again)
+    assert result.sample is None and result.exit_code == 0 and "On:" not in experiment.summarize(result)
 
 
 def test_what_a_run_left_before_its_first_step_is_no_run(text, tmp_path):

@@ -5,6 +5,7 @@ import json
 from .. import experiment
 from ..config import help_text, load
 from ..logging import setup
+from .terminal import shown
 from .words import leading_names, one_name, take
 
 USAGE = "revjax generate runs/NAME [--prompt='def ' | --prompts=FILE] [--temperature=0.7] [--max_new_tokens=300]"
@@ -27,10 +28,10 @@ def generate(argv: list[str]) -> int:
     run = experiment.load_run(one_name(names, USAGE))
     if prompts is not None:
         for prompt, text in experiment.sample_texts(run.model, run.tokenizer, prompts, options):
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+            print(shown(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)), flush=True)
         return 0
-    print(options.prompt, end="", flush=True)
+    print(shown(options.prompt), end="", flush=True)
     for text in experiment.stream_text(run.model, run.tokenizer, options):
-        print(text, end="", flush=True)
+        print(shown(text), end="", flush=True)
     print()
     return 0

@@ -4,6 +4,7 @@ from .. import experiment
 from ..config import help_text, load_with_provenance
 from ..errors import ConfigError, nearest
 from ..logging import setup
+from .terminal import shown
 from .words import leading_names, take
 
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
@@ -14,8 +15,8 @@ Trains a language model and leaves everything in runs/NAME. Run again, it contin
 --print-config shows every value and where it was set. --dry-run checks everything, tells what the run would need,
 and trains nothing. A run that was begun refuses other settings, but not those that are named, such as
 --allow-change=training.steps,training.eval_every. --log-format=json writes one JSON object a line to stderr.
-Exit codes: 0 finished, 2 a mistake in the settings, 3 training ended by training.on_trouble, 130 Ctrl-C, 143 SIGTERM,
-138 SIGUSR1."""
+Exit codes: 0 finished, 2 a mistake in the settings, 3 training ended by training.on_trouble or its model broken (a loss
+that is no number), 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1."""
 
 
 def train(argv: list[str]) -> int:
@@ -49,5 +50,5 @@ def train(argv: list[str]) -> int:
     if dry:
         return 0
     result = experiment.run(ready)
-    print(f"\n{experiment.summarize(result)}")
+    print(f"\n{shown(experiment.summarize(result))}")
     return result.exit_code

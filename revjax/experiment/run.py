@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..checkpoint import Checkpointer
 from ..data import FileTokenizer
@@ -23,6 +24,7 @@ from ..training import (
     WeightsAndBiases,
     Work,
     plot_losses,
+    read_metrics,
     train,
 )
 from .build import Experiment
@@ -32,7 +34,7 @@ from .samples import sample_text
 from .trained import TOKENIZER
 from .versions import git_revision, versions
 
-EXIT_STOPPED = 3  # training.on_trouble: stop
+EXIT_STOPPED = 3  # training.on_trouble ended it, or its model is broken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +44,16 @@ class Result:
     outcome: Outcome
     start_step: int
     seconds: float
-    sample: str | None
+    sample: str | None  # None also where the model added nothing to the prompt
     folder: pathlib.Path
+    is_broken: bool = False  # parameters that are not finite, or a last held-out loss that is not
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 128 + its number after a signal, as shells have it; 3 stopped (training.on_trouble: stop)."""
+        """0 finished; 128 + its number after a signal, as shells have it; 3 stopped by training.on_trouble, or broken."""
         if self.outcome.ended == "interrupted":
             return 128 + (self.outcome.signal or signal.SIGINT)
-        return EXIT_STOPPED if self.outcome.ended == "stopped" else 0
+        return EXIT_STOPPED if self.outcome.ended == "stopped" or self.is_broken else 0
 
 
 def run(experiment: Experiment) -> Result:
@@ -101,13 +104,14 @@ def run(experiment: Experiment) -> Result:
                 metrics_log=metrics_log,
                 stop_request=stop_request,
             )
-            sample = _leave_results(experiment, outcome)
+            is_broken = _is_broken(experiment, outcome)
+            sample = _leave_results(experiment, outcome, is_broken)
     except BaseException:
         folder.give_up()
         raise
     finally:
         folder.release()
-    return Result(outcome, start_step, time.perf_counter() - started, sample, folder.path)
+    return Result(outcome, start_step, time.perf_counter() - started, sample, folder.path, is_broken)
 
 
 def _work(experiment: Experiment) -> Work:
@@ -173,10 +177,20 @@ def _sampling(experiment: Experiment):
     return lambda state: sample_text(experiment.skeleton.merge(state.eval_params), tokenizer, sample)
 
 
-def _leave_results(experiment: Experiment, outcome: Outcome) -> str | None:
-    """Writes loss.png, and sample.txt where training was not interrupted; returns the sample."""
-    sample = _sampling(experiment)
-    text = sample(outcome.state) if sample and outcome.ended != "interrupted" else None
+def _is_broken(experiment: Experiment, outcome: Outcome) -> bool:
+    """Whether the model's last held-out loss is no number, or its parameters are not finite."""
+    last = read_metrics(experiment.folder.path / "validation.jsonl")[-1:]
+    are_finite = jax.jit(lambda params: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all())
+    return any(line["loss"] is None for line in last) or not are_finite(outcome.state.eval_params)
+
+
+def _leave_results(experiment: Experiment, outcome: Outcome, is_broken: bool) -> str | None:
+    """Writes loss.png, and sample.txt where training was not interrupted and the model is not broken.
+
+    Returns the sample, or None where the model added nothing to the prompt.
+    """
+    sample = None if is_broken or outcome.ended == "interrupted" else _sampling(experiment)
+    text = sample(outcome.state) if sample else None
     try:
         plot_losses(experiment.folder.path, title=_title(experiment.config))
         if text:
@@ -185,7 +199,8 @@ def _leave_results(experiment: Experiment, outcome: Outcome) -> str | None:
         get_logger(__name__).error(
             "Cannot write loss.png and sample.txt to %s: %s.", experiment.folder.path, e.strerror
         )
-    return text
+    prompt = experiment.config.training.sample_prompt
+    return text if text and text.removeprefix(prompt).strip() else None
 
 
 def _title(config: RunConfig) -> str:

@@ -116,10 +116,12 @@ def summarize(result: Result) -> str:
         "stopped": f"stopped at step {step:,}, because of a gradient that is not to be trusted (see above)",
     }[outcome.ended]
     skipped = int(outcome.state.skipped)
+    metrics = read_metrics(folder / "metrics.jsonl")
     lines = {
+        "BROKEN": _broken(metrics) if result.is_broken else "",
         "run": ended + (f", {skipped} updates left out" if skipped else ""),
         "took": f"{result.seconds:.0f} s",
-        "exactness": _exactness(read_metrics(folder / "metrics.jsonl")),
+        "exactness": _exactness(metrics),
         "held out": _first_to_last(read_metrics(folder / "validation.jsonl")),
         "results": f"{folder}/: checkpoints/, metrics.jsonl, validation.jsonl, loss.png"
         + (", sample.txt" if result.sample else ""),
@@ -132,6 +134,17 @@ def summarize(result: Result) -> str:
             f"    python scripts/evaluate.py {folder}   # on all of the held-out text"
         )
     return text
+
+
+def _broken(lines: list[dict[str, Any]]) -> str:
+    """Since when the loss of training is no number, and what to do."""
+    last_good = max((line["step"] for line in lines if line["loss"] is not None), default=0)
+    since = [line["step"] for line in lines if line["step"] > last_good]
+    when = f"since step {since[0]:,}, its loss" if since else "its loss on held-out text, or a parameter,"
+    return (
+        f"the model is of no use: {when} is no number.\n{'':<12} Train again, with another --run.name, and with "
+        "--training.on_trouble=rewind or a lower --optimizer.learning_rate."
+    )
 
 
 def _exactness(lines: list[dict[str, Any]]) -> str:
