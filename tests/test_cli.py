@@ -41,11 +41,16 @@ def message_of(capsys, argv):
     "words, message",
     [
         (["--model.num_layer=4"], "--model.num_layer: unknown field 'model.num_layer'. Did you mean 'num_layers'?"),
-        (["--model.num_layers=four"], "--model.num_layers: model.num_layers must be int, but got 'four' (str)."),
+        (["--model.num_layers=four"], "error: --model.num_layers must be int, but got 'four' (str)."),
         (["--model.num_heads=3"], "num_heads must divide d_model, but got num_heads=3 and d_model=32."),
         (["--model.window=0"], "window must be at least 1, or null for its default, but got 0."),
         (["--model.vocab_size=128"], "The tokenizer 'bytes' has 256 tokens, but the model knows 128."),
         (["--data.tokenizer=blank"], "Cannot read the tokenizer blank/tokenizer.json (data.tokenizer): No such file"),
+        (
+            ["--data.tokenizer=notes.json"],
+            "No such file or directory. To make one of your own text: revjax tokenizer train TEXT --vocab_size=4096 "
+            "--output=notes.json",
+        ),
         (["--data.tokenizer=binary/a.bin"], "binary/a.bin (data.tokenizer) is not a tokenizer.json"),
         (["--training.ema_decay=2"], "ema_decay must be between 0 and 1"),
         (["--data.source=no/such/place"], "There is no file or folder 'no/such/place' (data.source)"),
@@ -69,7 +74,14 @@ def message_of(capsys, argv):
             ["--optimizer.name=own_optimizers:two"],
             "The optimizer 'own_optimizers:two' must return an optax transformation, but got int.",
         ),
-        (["--model.coupling=revnett"], "A coupling is one of revnet"),
+        (
+            ["--model.coupling=revnett"],
+            "error: --model.coupling: model: coupling: A coupling is one of revnet, midpoint, leapfrog, momentum, "
+            "near-residual, bdia, residual, or package.module:function for one of your own, but got 'revnett'. Did you "
+            "mean 'revnet'?",
+        ),
+        (["--model.coupling=revnet:2"], "takes no number, but got 'revnet:2'.\n"),
+        (["--model.coupling=no.such:thing"], "The coupling 'no.such:thing' cannot be imported"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_written(here, capsys, monkeypatch, words, message):
@@ -101,6 +113,8 @@ def test_a_file_is_named_with_its_line(here, capsys):
     [
         ([], "Expected one name, but got none. Write: revjax generate runs/NAME"),
         (["runs/missing"], "There is no run in runs/missing"),
+        (["."], "error: . is not the folder of a run: it has no config.yaml, but nothing. Give the folder of a run."),
+        (["runs/missing", "--max_new_tokens=0"], "error: --max_new_tokens: max_new_tokens must be at least 1"),
         (["runs/missing", "--promt=a"], "unknown field 'promt'. Did you mean 'prompt'?"),
     ],
 )

@@ -226,6 +226,8 @@ def test_a_model_that_is_not_there_is_an_error_in_words(finished, tmp_path):
     parent = finished[0].run.path.parent
     with pytest.raises(RunFolderError, match=r"There is no run in .*/b: the folder does not exist. .* has a\."):
         experiment.load_run(parent / "b")
+    with pytest.raises(RunFolderError, match="has no config.yaml, but a. Give one of its runs, such as .*/a.$"):
+        experiment.load_run(parent)
     (tmp_path / "config.yaml").write_text((finished[0].run.path / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         experiment.load_run(tmp_path)
@@ -238,15 +240,17 @@ def test_the_loss_on_the_held_out_text_is_the_last_validation(finished, capsys):
     assert done.loss == pytest.approx(last, rel=1e-6) and done.num_tokens == 2 * 4 * 32
     assert done.bits_per_byte == pytest.approx(done.loss / np.log(2), rel=1e-3) and done.source.endswith("held out")
     assert cli.main(["evaluate", str(config.run.path), "--max_batches=2"]) == 0
-    assert f"{done.bits_per_byte:.4f} bits/byte" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{done.bits_per_byte:.4f} bits/byte" in out
+    assert f"over 256 of {finished[1].corpus.validation[0].text.num_tokens:,} tokens" in out
 
 
 def test_the_loss_on_another_text(finished, tmp_path):
     (tmp_path / "other.txt").write_text("1 squared is 1.\n" * 200)
     options = experiment.EvaluateConfig(source=str(tmp_path / "other.txt"), batch_size=1, sequence_length=16)
     (done,) = experiment.evaluate(finished[0].run.path, options)
-    assert done.num_tokens == 200 * 16
-    with pytest.raises(DataError, match="There is no file or folder 'nowhere'"):
+    assert done.num_tokens == 200 * 16 and done.num_tokens_of_text == 200 * 16 + 1
+    with pytest.raises(DataError, match=r"There is no file or folder 'nowhere' \(--source\)"):
         experiment.evaluate(finished[0].run.path, experiment.EvaluateConfig(source="nowhere"))
     rows = [json.dumps({"body": f"{i} squared is {i * i}.\n" * 9}) for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
@@ -264,8 +268,12 @@ def test_a_batch_of_trouble_can_be_had_again_as_the_docs_say(finished, tmp_path)
     docs = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "line[" in block]
     found = {}
-    exec(code.replace('"runs/deeper"', repr(str(tmp_path))), found)
+    code = code.replace('"runs/deeper"', repr(str(tmp_path)))
+    exec(code, found)
     assert np.array_equal(found["batch"]["tokens"], ready.batches.batch(3)["tokens"])
+    (tmp_path / "trouble.jsonl").write_text("")
+    with pytest.raises(AssertionError, match="There was no trouble in"):
+        exec(code, {})
 
 
 def test_parameters_that_are_not_finite_are_told(finished, tmp_path, caplog, monkeypatch):

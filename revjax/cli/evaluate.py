@@ -8,8 +8,8 @@ from .words import leading_names, one_name, take
 USAGE = "revjax evaluate runs/NAME [--source=PATH] [--max_batches=100]"
 DESCRIPTION = f"""{USAGE}
 
-Prints the loss of the model of a run, at its latest checkpoint, on the whole text that the run held out, or on
-another."""
+Prints the loss of the model of a run, at its latest checkpoint, on the text that the run held out, or on another: on
+all of it but a rest that fills no batch, and says how many tokens of how many (--batch_size=1 leaves out the fewest)."""
 
 
 def evaluate(argv: list[str]) -> int:
@@ -24,6 +24,6 @@ def evaluate(argv: list[str]) -> int:
     for done in experiment.evaluate(one_name(names, USAGE), options):
         print(
             f"{done.source}: {done.bits_per_byte:.4f} bits/byte, {done.loss:.4f} nats/token, perplexity "
-            f"{done.perplexity:.4g}, over {done.num_tokens:,} tokens"
+            f"{done.perplexity:.4g}, over {done.num_tokens:,} of {done.num_tokens_of_text:,} tokens"
         )
     return 0

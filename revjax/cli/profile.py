@@ -10,14 +10,14 @@ from ..logging import setup
 from ..memory import plot_timeline, timeline
 from .words import leading_names, take
 
-USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--output=runs/profiles/NAME]"
+USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--output=FOLDER]"
 DESCRIPTION = f"""{USAGE}
 
 Says where the memory of the config's training step goes, from the buffers that XLA gives the compiled program on this
 machine: at the highest point by what they are for, the largest with the line of Python that they come from, and over
 the whole step as a picture. Nothing is allocated, and nothing is trained.
 
-FOLDER gets memory.png and memory.json."""
+The folder of --output (default: runs/profiles/NAME) gets memory.png and memory.json."""
 
 
 def profile(argv: list[str]) -> int:

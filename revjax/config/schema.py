@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -86,8 +87,15 @@ def _build_dataclass(schema, value, path, default):
     except ConfigError:
         raise
     except ValueError as e:
-        places = dict.fromkeys(v.where for v in value.data.values() if not isinstance(v.data, dict))
-        raise ConfigError(f"{', '.join(places) or value.where}: {section}: {e}") from e
+        places = ", ".join(_places(value, str(e))) or value.where
+        raise ConfigError(f"{places}: {f'{path}: ' if path else ''}{e}") from e
+
+
+def _places(section: Value, message: str) -> list[str]:
+    """Where the fields that `message` names were set, or all that were, if it names none of these."""
+    given = {name: v.where for name, v in section.data.items() if not isinstance(v.data, dict)}
+    named = [where for name, where in given.items() if re.search(rf"\b{re.escape(name)}\b", message)]
+    return list(dict.fromkeys(named or given.values()))
 
 
 def _default(field):
@@ -179,7 +187,9 @@ def _wrong(expected: str, value: Value, path: str, hint: str = "") -> _WrongType
     got = repr(value.plain)
     got = got if len(got) <= 80 else f"{got[:77]}..."
     kind = "" if value.data is None else f" ({type(value.data).__name__})"
-    message = f"{value.where}: {path or 'the config'} must be {expected}, but got {got}{kind}.{hint}"
+    is_its_name = value.where.removeprefix("--").replace("-", "_") == path  # --model.num_layers
+    subject = value.where if is_its_name else f"{value.where}: {path or 'the config'}"
+    message = f"{subject} must be {expected}, but got {got}{kind}.{hint}"
     return _WrongType(message, path)
 
 

@@ -101,7 +101,8 @@ class FileTokenizer:
             self.file = path.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self.file)
         except OSError as e:
-            hint = nearest(str(path), [BYTES])
+            make = f" To make one of your own text: revjax tokenizer train TEXT --vocab_size=4096 --output={path}"
+            hint = nearest(str(path), [BYTES]) or (make if isinstance(e, FileNotFoundError) else "")
             raise DataError(f"Cannot read the tokenizer {path} (data.tokenizer): {e.strerror}.{hint}") from None
         except Exception as e:  # tokenizers raises nothing more special
             raise DataError(f"{path} (data.tokenizer) is not a tokenizer.json: {e}.") from None

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must be at least 1, or null, but got {getattr(self, name)}.")
 
 
+_OPTIONS = [field.name for field in dataclasses.fields(EvaluateConfig)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """A loss, and what it is a mean of."""
@@ -39,6 +43,7 @@ class Evaluation:
     loss: float  # nats per token
     bits_per_byte: float
     num_tokens: int  # predicted
+    num_tokens_of_text: int  # more than these: rows that fill no batch, or are above max_batches, are left out
 
     @property
     def perplexity(self) -> float:
@@ -85,9 +90,11 @@ def evaluate(folder: str | os.PathLike, options: EvaluateConfig) -> list[Evaluat
     else:
         text_field = options.text_field or data.text_field
         data = dataclasses.replace(data, text_field=text_field)
-        parts = load_corpus(
-            dataclasses.replace(data, source=options.source, validation={}, validation_fraction=0.0)
-        ).train
+        data_of = dataclasses.replace(data, source=options.source, validation={}, validation_fraction=0.0)
+        try:
+            parts = load_corpus(data_of).train
+        except DataError as e:  # about settings that have other names here
+            raise DataError(re.sub(rf"(--)?data\.({'|'.join(_OPTIONS)})\b", r"--\2", str(e))) from None
     skeleton, params = split(trained.model)
     eval_step = jax.jit(make_eval_step(skeleton, next_token_loss))
     evaluations = []
@@ -104,5 +111,5 @@ def evaluate(folder: str | os.PathLike, options: EvaluateConfig) -> list[Evaluat
         loss, num_tokens = found
         name = part.name if options.source or not part.weight else f"{part.name}, held out"
         bits = bits_per_byte(loss, part.text.bytes_per_token)
-        evaluations.append(Evaluation(name, loss, bits, int(num_tokens)))
+        evaluations.append(Evaluation(name, loss, bits, int(num_tokens), part.text.num_tokens))
     return evaluations

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from ..core import parse_coupling
+from ..core import AbstractCoupling, parse_coupling
+from ..core.coupling import COUPLINGS
+from ..errors import ConfigError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class DecoderConfig:
             )
         if self.positions == "rotary" and self.head_size % 2:
             raise ValueError(f"Rotary positions pair up channels, so head_dim must be even, but got {self.head_size}.")
-        coupling = parse_coupling(self.coupling)
+        coupling = _coupling(self.coupling)
         if self.exact and not coupling.has_exact:
             raise ValueError(
                 f"The coupling {self.coupling!r} has no exact arithmetic: momentum needs 0.5, 0.25, 0.0625 or "
@@ -105,6 +107,17 @@ class DecoderConfig:
         if self.d_ff is not None:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 32) * 32 if self.gated else 4 * self.d_model
+
+
+def _coupling(text: str) -> AbstractCoupling:
+    """`parse_coupling`, whose error also names the field and the nearest coupling."""
+    try:
+        return parse_coupling(text)
+    except ConfigError:  # of a function of one's own
+        raise
+    except ValueError as e:
+        name = text.partition(":")[0]
+        raise ValueError(f"coupling: {e}{'' if name in COUPLINGS else nearest(name, COUPLINGS)}") from None
 
 
 def _divisor_near(n: int, wanted: int) -> int:

@@ -22,10 +22,15 @@ def preset(name: str, **changes) -> DecoderConfig:
 
     Raises:
       ValueError: there is no preset of that name.
+      TypeError: `changes` has a name that is no field.
 
     >>> preset("decoder-tiny", num_layers=96).num_layers
     96
     """
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}.{nearest(name, PRESETS)} Presets are {', '.join(PRESETS)}.")
+    fields = [field.name for field in dataclasses.fields(DecoderConfig)]
+    for change in changes:
+        if change not in fields:
+            raise TypeError(f"A decoder has no {change!r}.{nearest(change, fields)} It has {', '.join(fields)}.")
     return dataclasses.replace(PRESETS[name], **changes)

@@ -74,7 +74,7 @@ class RunFolder:
         return True
 
     def _check_same(self, ignore: Collection[str], allow: Collection[str]) -> None:
-        there = read_config(self.path, type(self.config))
+        there = read_config(self.path, type(self.config), otherwise="Choose another run.name or run.folder.")
         ours, theirs = _flat(self.config), _flat(there)
         ignored = lambda name: any(name == i or name.startswith(f"{i}.") for i in ignore)
         different = [name for name in ours if ours[name] != theirs.get(name) and not ignored(name)]
@@ -156,8 +156,11 @@ def _locked(path: pathlib.Path) -> Any:
     return file  # a file system without locks (some network mounts) gives none
 
 
-def read_config(path: pathlib.Path, schema: type) -> Any:
-    """Returns the configuration of the run in the folder `path`; raises `RunFolderError` where there is none."""
+def read_config(path: pathlib.Path, schema: type, *, otherwise: str = "") -> Any:
+    """Returns the configuration of the run in the folder `path`; raises `RunFolderError` where there is none.
+
+    `otherwise` says what to do where the folder is not that of a run; without it, its runs are named.
+    """
     if not path.exists():
         others = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
         known = f" {path.parent} has {', '.join(others)}." if others else ""
@@ -165,9 +168,10 @@ def read_config(path: pathlib.Path, schema: type) -> Any:
     if not path.is_dir():
         raise RunFolderError(f"{path} is a file, but a run needs a folder.")
     if not (path / "config.yaml").is_file():
+        inside = sorted(p.parent for p in path.glob("*/config.yaml"))
+        choice = f"Give one of its runs, such as {inside[0]}." if inside else "Give the folder of a run."
         raise RunFolderError(
-            f"{path} is not the folder of a run: it has no config.yaml, but {_names(path)}. "
-            "Choose another run.name or run.folder."
+            f"{path} is not the folder of a run: it has no config.yaml, but {_names(path)}. {otherwise or choice}"
         )
     try:
         return load(schema, path / "config.yaml", environ={})
