@@ -15,7 +15,7 @@ from revjax import cli, experiment
 from revjax.cli.terminal import shown, visible
 from revjax.config import load
 from revjax.data import FileTokenizer
-from revjax.experiment.doctor import known_problems
+from revjax.experiment.doctor import _extra, known_problems
 from revjax.models import CheckReport
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -202,7 +202,8 @@ def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "every stream rebuilt to the bit" in out and "problems     none found" in out
-    assert all(name in out for name in ("jaxlib", "cpu:0", "cores", "xla: "))
+    assert all(name in out for name in ("jaxlib", "cpu:0", "cores", "xla: ", "; at most 4,295 MB", "may be deleted"))
+    assert _extra("no-such-package", "data") == "no-such-package is not there: pip install -e '.[data]'"
     flags = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     assert [problem.split(" ")[0] for problem in known_problems(flags)] == [*flags]
     assert known_problems({}) == []

@@ -8,8 +8,8 @@ from .words import leading_names, one_name, take
 USAGE = "revjax evaluate runs/NAME [--source=PATH] [--max_batches=100]"
 DESCRIPTION = f"""{USAGE}
 
-Prints the loss of the model of a run, at its latest checkpoint, on the text that the run held out, or on another: on
-all of it but a rest that fills no batch, and says how many tokens of how many (--batch_size=1 leaves out the fewest)."""
+Prints the loss of the model of a run, at its latest checkpoint, on the text that the run held out, or on another,
+and how many of its tokens these were: a rest that fills no batch is left out (the least with --batch_size=1)."""
 
 
 def evaluate(argv: list[str]) -> int:

@@ -14,11 +14,12 @@ from ..config import users_cache
 from ..memory import peak_flops
 from ..models import DecoderConfig
 from .build import check_model
+from .compilation import MAX_BYTES
 from .config import RunConfig
 from .versions import git_revision, versions
 
 PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-OPTIONAL = ("pyarrow", "zstandard", "tensorboardX", "wandb", "libtpu")
+OPTIONAL = {"pyarrow": "data", "zstandard": "data", "tensorboardX": "tensorboard", "wandb": "wandb", "libtpu": None}
 
 
 def doctor() -> tuple[str, list[str]]:
@@ -32,10 +33,11 @@ def doctor() -> tuple[str, list[str]]:
     lines = {
         "revjax": ", ".join(filter(None, [versions(), git_revision()])),
         "packages": ", ".join(f"{name} {_version(name) or 'is missing'}" for name in PACKAGES),
-        "extras": ", ".join(f"{name} {_version(name) or 'is not there'}" for name in OPTIONAL),
+        "extras": "\n".join(_extra(name, extra) for name, extra in OPTIONAL.items()),
         "machine": f"{platform.platform()}, {_cores()} cores, {_memory()}",
         "devices": "\n".join(map(_device, jax.local_devices())),
-        "caches": "\n".join(_folder(users_cache(name)) for name in ("xla", "tokens")),
+        "caches": f"{_folder(users_cache('xla'))}; at most {MAX_BYTES / 1e6:,.0f} MB\n"
+        f"{_folder(users_cache('tokens'))}\n(either folder may be deleted: what is in it is made again)",
         "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here, {_free(users_cache('')):.0f} GB for the caches",
         "exact": "a small model with dropout, in bf16: every stream rebuilt to the bit"
         if report.ok
@@ -71,6 +73,11 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _extra(name: str, extra: str | None) -> str:
+    how = f": pip install -e '.[{extra}]'" if extra else ""
+    return f"{name} {_version(name) or f'is not there{how}'}"
 
 
 def _cores() -> int:

@@ -298,9 +298,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _shortened(rows: list, most: int = 40) -> list:
-    """Long stacks show the layers that went wrong, and the first and last few."""
+    """Long stacks show the layers that went wrong, and the first and last few; a row stands where others are left out.
+
+    Of more than `most`, the first are shown.
+    """
     if len(rows) <= most:
         return rows
     shown = [i for i, (_, wrong, unsafe, _) in enumerate(rows) if wrong or unsafe or i < 4 or i >= len(rows) - 4][:most]
-    left = len(rows) - len(shown)
-    return [rows[i] for i in shown] + [(f"({left} more, nothing wrong)" if left else "", "", "", "")]
+    table = []
+    for i, following in zip([-1, *shown], [*shown, len(rows)]):
+        table += [rows[i]] if i >= 0 else []
+        left_out = rows[i + 1 : following]
+        bad = sum(bool(wrong or unsafe) for _, wrong, unsafe, _ in left_out)
+        how = f"{bad:,} of them wrong" if bad else "nothing wrong"
+        table += [(f"({len(left_out)} more, {how})", "", "", "")] if left_out else []
+    return table

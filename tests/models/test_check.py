@@ -120,6 +120,22 @@ def test_a_function_that_differs_in_the_backward_pass_is_seen_by_the_canary():
     assert any("was not rebuilt to the bit" in fault for fault in report_on(Counts).faults)
 
 
+@pytest.mark.parametrize(
+    "wrong, shown",
+    [
+        ({}, ["0", "1", "2", "3", "(92 more, nothing wrong)", "96", "97", "98", "99"]),
+        ({3, 50}, ["0", "1", "2", "3", "(46 more, nothing wrong)", "50", "(45 more, nothing wrong)", "96", "97"]),
+        (set(range(4, 90)), [*map(str, range(40)), "(60 more, 50 of them wrong)"]),
+    ],
+    ids=["none", "two", "many"],
+)
+def test_a_long_table_says_what_it_leaves_out_where_it_does(wrong, shown):
+    rows = [(str(i), int(i in wrong), 0, 1.0) for i in range(100)]
+    report = revjax.models.CheckReport([], [], rows, 0.0, 0.0)
+    names = [line.split("\u2502")[1].strip() for line in str(report).splitlines() if line.startswith("\u2502")]
+    assert names[: len(shown)] == shown
+
+
 def test_a_whole_decoder_passes_with_its_dropout():
     config = revjax.DecoderConfig(d_model=32, num_layers=2, num_heads=2, dropout=0.1, dtype="float32")
     model = revjax.Decoder(config, rngs=nnx.Rngs(0))
