@@ -10,6 +10,7 @@ Logs go to stderr; stdout belongs to a command's result. Nothing happens on impo
 import datetime
 import json
 import logging
+import numbers
 import sys
 import time
 from typing import Any, Literal, TextIO
@@ -82,7 +83,7 @@ class Progress:
     """Progress of `total` units of work: a live bar in a terminal, else a log line now and then.
 
     A line is written after the first update, then whenever `every_s` seconds or a tenth of the work have
-    passed, and at the end.
+    passed, and at the end. It says how long the rest will take, at the speed since the first unit of work was done.
 
     >>> with Progress(1000, "train") as progress:
     ...     progress.update(1, loss=2.31, tokens_per_s=41_000)
@@ -93,6 +94,7 @@ class Progress:
         self._every_s, self._clock = every_s, clock
         self.done = 0
         self._written, self._written_at = None, clock()  # units and time of the last line
+        self._began: tuple[float, int] | None = None  # when the first units were done, and how many these were
         self._fields: dict[str, Any] = {}
         self._bar: rich.progress.Progress | None = None
         self._task = rich.progress.TaskID(0)
@@ -122,6 +124,8 @@ class Progress:
         """Counts `n` more units as done, and shows `fields` (loss=..., tokens_per_s=...) beside them."""
         self.done += n
         self._fields |= fields
+        if self._began is None and n:
+            self._began = self._clock(), self.done
         if self._bar is not None:
             self._bar.update(self._task, advance=n, shown=_shown(self._fields))
         elif (
@@ -134,20 +138,31 @@ class Progress:
 
     def _write(self):
         self._written, self._written_at = self.done, self._clock()
-        fields = {"done": self.done, "total": self.total, **self._fields}
+        left = self._seconds_left()
+        fields = {"done": self.done, "total": self.total, **self._fields} | ({} if left is None else {"left_s": left})
         extra = {f"{k}_" if k in _STANDARD else k: v for k, v in fields.items()}
         line = f"{self.description} {self.done}/{self.total} {_shown(self._fields)}".rstrip()
+        line += "" if left is None else f"  {datetime.timedelta(seconds=left)} left"
         get_logger("progress").info("%s", line, extra=extra)
+
+    def _seconds_left(self) -> int | None:
+        """Of the rest; None before there is a speed, and at the end."""
+        began_at, began = self._began or (0.0, self.done)
+        if self.done <= began or self.done >= self.total:
+            return None
+        return round((self._clock() - began_at) / (self.done - began) * (self.total - self.done))
 
 
 def _shown(fields: dict[str, Any]) -> str:
-    """ "loss 2.31  tokens/s 41,000": `_per_` is a slash, numbers have four digits or no fraction."""
+    """ "loss 2.3100  tokens/s 41,000": `_per_` is a slash, and a number has as many decimals in each line."""
     return "  ".join(f"{name.replace('_per_', '/').replace('_', ' ')} {_number(x)}" for name, x in fields.items())
 
 
 def _number(x: Any) -> str:
+    if isinstance(x, numbers.Integral):
+        return f"{x:,d}"
     try:
         x = float(x)
     except (TypeError, ValueError):
         return str(x)
-    return f"{x:,.0f}" if x.is_integer() or abs(x) >= 1e4 else f"{x:.4g}"
+    return f"{x:,.0f}" if abs(x) >= 1e4 else f"{x:.3e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"

@@ -73,8 +73,8 @@ def test_progress_outside_a_terminal_writes_every_tenth_and_the_end():
             progress.update(1, loss=2.5 - step / 1000, tokens_per_s=41_000)
     lines = out.getvalue().splitlines()
     assert len(lines) == 11  # the first update, every tenth after it, the end
-    assert "train 1/1000 loss 2.5  tokens/s 41,000" in lines[0]
-    assert "train 1000/1000 loss 1.501" in lines[-1]
+    assert "train 1/1000 loss 2.5000  tokens/s 41,000" in lines[0]
+    assert "train 1000/1000 loss 1.5010" in lines[-1]
 
 
 def test_progress_writes_when_time_has_passed():
@@ -83,7 +83,7 @@ def test_progress_writes_when_time_has_passed():
         for _ in range(30):
             now[0] += 1.0
             progress.update()
-    assert [line.split()[-1] for line in out.getvalue().splitlines()] == [f"{n}/10000" for n in (1, 11, 21, 30)]
+    assert [line.split()[4] for line in out.getvalue().splitlines()] == [f"{n}/10000" for n in (1, 11, 21, 30)]
 
 
 def test_progress_in_json_has_fields():
@@ -100,4 +100,30 @@ def test_progress_in_a_terminal_is_a_bar_below_the_log():
         progress.update(1, loss=2.5)
         get_logger().info("saved step 1")
         progress.update(1, loss=2.25)
-    assert "saved step" in out.getvalue() and "2/2" in out.getvalue() and "loss 2.25" in out.getvalue()
+    assert "saved step" in out.getvalue() and "2/2" in out.getvalue() and "loss 2.2500" in out.getvalue()
+
+
+def test_numbers_of_progress_have_the_same_decimals_in_every_line():
+    out = logged()
+    with Progress(3, "train", clock=lambda: 0.0) as progress:
+        for loss in (1.5, 2.0, np.float32(0.996891)):
+            progress.update(1, loss=loss, rate=3e-4, canary=np.int32(0), tokens=12_345)
+    shown = [line.partition("/3 ")[2] for line in out.getvalue().splitlines()]
+    assert [line[:11] for line in shown] == ["loss 1.5000", "loss 2.0000", "loss 0.9969"]
+    assert all("rate 3.000e-04  canary 0  tokens 12,345" in line for line in shown)
+
+
+def test_progress_tells_how_long_the_rest_takes_once_there_is_a_speed():
+    out, now = logged(), [0.0]
+    with Progress(1000, "train", every_s=10, clock=lambda: now[0]) as progress:
+        progress.update(0)  # a run begins, and compiles
+        for seconds, n in ((100, 1), (10, 5), (10, 5), (10, 989)):
+            now[0] += seconds
+            progress.update(n)
+    assert [line.partition("/1000")[2] for line in out.getvalue().splitlines()] == [
+        "",
+        "",
+        "  0:33:08 left",
+        "  0:32:58 left",
+        "",
+    ]
