@@ -4,6 +4,8 @@ RMSNorm      y = x / sqrt(mean(x^2) + eps) * (offset + scale)            (arXiv:
 LayerNorm    y = (x - mean x) / sqrt(var x + eps) * scale + bias         (arXiv:1607.06450)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,9 +27,7 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(accumulator(x.dtype))
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (y * _like(self.offset + self.scale[...], y)).astype(self.dtype)
+        return _normalize(self.offset + self.scale[...], None, x, self.eps, self.dtype, False)
 
 
 class LayerNorm(nnx.Module):
@@ -41,13 +41,21 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(accumulator(x.dtype))
+        bias = None if self.bias is None else self.bias[...]
+        return _normalize(self.scale[...], bias, x, self.eps, self.dtype, True)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4, 5))
+def _normalize(scale_D, bias_D, x, eps, dtype, centred):
+    """The backward pass computes it again from x, and keeps no fp32 of x's size."""
+    x = x.astype(accumulator(x.dtype))
+    if centred:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        y = y * _like(self.scale[...], y)
-        if self.bias is not None:
-            y = y + _like(self.bias[...], y)
-        return y.astype(self.dtype)
+    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    y = y * _like(scale_D, y)
+    if bias_D is not None:
+        y = y + _like(bias_D, y)
+    return y.astype(dtype)
 
 
 def _like(p_D, x):
