@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -177,7 +178,9 @@ def test_the_resolved_config_can_be_printed(capsys):
 def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(tmp_path, capsys):
     words = ["train", TINY, "--dry-run", f"--run.folder={tmp_path}", "--training.ema_decay=0.99"]
     assert cli.main(words) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    what_takes_long = "compiling the training step.*is ready after .* s\n.*compiling its gradient in three ways"
+    assert re.search(what_takes_long, err, re.DOTALL)
     assert "parameters 140 kB, optimizer 280 kB, running mean 140 kB" in out
     assert "with jax.checkpoint" in out and "of temporary bytes in all" in out
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import secrets
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from ..checkpoint import Checkpointer
 from ..data import Batches, Corpus, Tokenizer, batch_shapes, find_texts, load_corpus, load_tokenizer
 from ..errors import ConfigError, DamagedCheckpointError, DataError
 from ..generation.decode import check_prompt
+from ..logging import get_logger
 from ..models import CheckReport, Decoder, check
 from ..training import (
     RunFolder,
@@ -99,7 +101,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         found = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if not dry:
             found.refuse_claimed()
-    background = ThreadPoolExecutor(1, "compile")
+    background, started = ThreadPoolExecutor(1, "compile"), time.perf_counter()
     try:
         program = Program.of(config, devices) if knows_steps else None
         compiled = background.submit(program.compile) if program else None
@@ -116,6 +118,8 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         if program is None or compiled is None:
             program = Program.of(config, devices)
             compiled = background.submit(program.compile)
+        # Not earlier: what is wrong with the text is one message, and nothing before it.
+        get_logger(__name__).info("compiling the training step")
         state, meta, damaged = program.shapes, {}, {}
         if not dry:
             other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
@@ -124,6 +128,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
             else:
                 state, meta, damaged = _latest(program.shapes, folder, rows, other_data)
         train_step = compiled.result()
+        get_logger(__name__).info("the training step is ready after %.0f s", time.perf_counter() - started)
     finally:
         background.shutdown(wait=False)
     eval_step = jax.jit(make_eval_step(program.skeleton, next_token_loss))

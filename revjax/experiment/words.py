@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from ..data import Corpus, Text
+from ..logging import get_logger
 from ..memory import Timeline, activation_memory
 from ..models import flops_per_token, num_params
 from ..training import TrainState, read_metrics
@@ -21,6 +22,7 @@ def announce(experiment: Experiment) -> str:
     tokens = (steps - start) * tokens_per_step
     flops = tokens * flops_per_token(model, data.sequence_length)
     rows = data.batch_size // config.memory.accumulation // experiment.devices.count
+    get_logger(__name__).info("compiling its gradient in three ways, for the memory figures")
     needed = activation_memory(model, rows, data.sequence_length, plan=config.memory.plan)
     each = " on each device" if experiment.devices.count > 1 else ""
     reversible, checkpoint, stored = (_bytes(needed[how]) for how in ("reversible", "checkpoint", "stored"))

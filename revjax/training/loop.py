@@ -252,6 +252,8 @@ class _Training:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _validate(self) -> None:
+        if self.held_out is None:
+            get_logger(__name__).info("step %d: the first evaluation, which compiles its own program", self.step)
         with self.watchdog.watch(f"the evaluation of step {self.step}"):
             found = self.evaluate(self.state)  # pyright: ignore[reportOptionalCall]
         if found is not None:

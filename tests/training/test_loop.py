@@ -327,6 +327,13 @@ def test_every_trouble_is_written_down_with_its_batch(tmp_path, parts):
     )
 
 
+def test_the_first_evaluation_says_that_it_compiles(tmp_path, parts, told):
+    run(tmp_path, parts)
+    looks = [line for line in told if "valuation" in line or "validation" in line]
+    assert looks[0] == "step 0: the first evaluation, which compiles its own program"
+    assert looks[1].startswith("step 0: validation") and not any("compiles" in line for line in looks[1:])
+
+
 def test_an_evaluation_that_was_interrupted_is_made_on_resume(tmp_path, parts):
     def interrupted(state):
         if int(state.step) == 8:
