@@ -50,7 +50,7 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 128 + its number after a signal, as shells have it; 3 stopped by training.on_trouble or broken."""
+        """0 finished; 128 + its number after a signal, as shells have it; 3 stopped by on_trouble, or broken."""
         if self.outcome.ended == "interrupted":
             return 128 + (self.outcome.signal or signal.SIGINT)
         return EXIT_STOPPED if self.outcome.ended == "stopped" or self.is_broken else 0
