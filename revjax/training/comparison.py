@@ -84,9 +84,9 @@ def table(summaries: list[RunSummary]) -> str:
         "held out": lambda s: _number(s.held_out),
         "best": lambda s: _number(s.best_held_out),
         "tokens/s": lambda s: "-" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
-        "canary": lambda s: f"{s.canary}",
-        "unsafe": lambda s: f"{s.unsafe}",
-        "skipped": lambda s: f"{s.skipped}",
+        "canary": lambda s: f"{s.canary:,}",
+        "unsafe": lambda s: f"{s.unsafe:,}",
+        "skipped": lambda s: f"{s.skipped:,}",
     }
     rows = [list(columns)] + [[cell(s) for cell in columns.values()] for s in summaries]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
