@@ -121,10 +121,12 @@ def row_checksums(q: jax.Array) -> jax.Array:
 
     By row, so that a batch that is sharded needs no collective for it.
     """
+    # A 0 that depends on q: without it XLA computes the places once, before a loop over layers, and keeps them.
+    zero = jnp.minimum(q[(0,) * q.ndim] & 1, 0).astype(jnp.uint32)
     place = functools.reduce(
         lambda acc, axis: acc * q.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, q.shape, axis),
         range(min(1, q.ndim - 1), q.ndim),
-        jnp.zeros(q.shape, jnp.uint32),
+        jnp.broadcast_to(zero, q.shape),
     )
     return _by_row(functools.partial(jnp.sum, dtype=jnp.uint32), q.astype(jnp.uint32) * (2 * place + 1))
 

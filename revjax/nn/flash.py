@@ -142,26 +142,27 @@ _flash.defvjp(_flash_fwd, _flash_bwd)
 @functools.partial(jax.jit, static_argnums=0)  # called outside of a jit, the loop is compiled once
 def _forward(spec, q, k, v, side):
     tiling, fp = spec.tiling, accumulator(q.dtype)
-    q_I = split_blocks(q, k.shape[2], tiling.block_q)
-    k_J, v_J = (split_blocks(x, k.shape[2], tiling.block_k) for x in (k, v))
+    q_I = split_blocks(_bits(q), k.shape[2], tiling.block_q)
+    k_J, v_J = (split_blocks(_bits(x), k.shape[2], tiling.block_k) for x in (k, v))
     kT_J = _transposed(k_J)
+    block = functools.partial(_block, q.dtype)
     visible = _visible(tiling, side)
     five_axes = (*q_I.shape[1:3], -1, tiling.block_q, tiling.block_k)
 
     def pair(carry, ij):
         i, j = ij
         m, l, acc = (at(blocks, i) for blocks in carry)
-        s = spec.scale * _matmul(at(q_I, i), at(kT_J, j))
+        s = spec.scale * _matmul(block(q_I, i), block(kT_J, j))
         s = _hide(s, visible(i, j, keys_first=False), five_axes)
         m_new = jnp.maximum(m, jnp.max(s, axis=-1))
         p = jnp.exp(s - m_new[..., None])
         shrink = jnp.exp(m - m_new)
         l = shrink * l + jnp.sum(p, axis=-1)
-        acc = shrink[..., None] * acc + _matmul(rounded(_drop(spec, side, i, j, p), v.dtype), at(v_J, j))
+        acc = shrink[..., None] * acc + _matmul(rounded(_drop(spec, side, i, j, p), v.dtype), block(v_J, j))
         return tuple(put(blocks, x, i) for blocks, x in zip(carry, (m_new, l, acc), strict=True)), None
 
     rows = q_I.shape[:-1]
-    start = (jnp.full(rows, _LOWEST, fp), jnp.zeros(rows, fp), jnp.zeros((*rows, v.shape[3]), fp))
+    start = (jnp.full(rows, _LOWEST, fp), jnp.zeros(rows, fp), _zeros((*rows, v.shape[3]), fp, q))
     m, l, acc = _loop(pair, start, tiling.pairs(), q)
 
     empty = l == 0
@@ -174,9 +175,10 @@ def _forward(spec, q, k, v, side):
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(spec, q, k, v, o, lse, side, do, dlse):
     tiling, fp = spec.tiling, accumulator(q.dtype)
-    q_I, do_I = (split_blocks(x, k.shape[2], tiling.block_q) for x in (q, do))
-    k_J, v_J = (split_blocks(x, k.shape[2], tiling.block_k) for x in (k, v))
+    q_I, do_I = (split_blocks(_bits(x), k.shape[2], tiling.block_q) for x in (q, do))
+    k_J, v_J = (split_blocks(_bits(x), k.shape[2], tiling.block_k) for x in (k, v))
     qT_I, doT_I, kT_J = (_transposed(x) for x in (q_I, do_I, k_J))
+    block = functools.partial(_block, q.dtype)
     delta = jnp.sum(do.astype(fp) * o.astype(fp), axis=-1).swapaxes(1, 2) - dlse
     lse = jnp.where(jnp.isneginf(lse), 0, lse)  # such a query sees no key: its p is 0 by the mask
     delta_I, lse_I = (split_rows(x, k.shape[2], tiling.block_q)[..., None, :] for x in (delta, lse))
@@ -186,17 +188,17 @@ def _backward(spec, q, k, v, o, lse, side, do, dlse):
     def pair(carry, ij):
         i, j = ij
         dqT, dk, dv = carry
-        sT = spec.scale * _matmul(at(k_J, j), at(qT_I, i))
+        sT = spec.scale * _matmul(block(k_J, j), block(qT_I, i))
         pT = jnp.exp(_hide(sT, visible(i, j, keys_first=True), five_axes) - at(lse_I, i))
-        dpT = _drop(spec, side, i, j, _matmul(at(v_J, j), at(doT_I, i)), transposed=True)
+        dpT = _drop(spec, side, i, j, _matmul(block(v_J, j), block(doT_I, i)), transposed=True)
         dsT = rounded(pT * (dpT - at(delta_I, i)), q.dtype)
         droppedT = rounded(_drop(spec, side, i, j, pT, transposed=True), q.dtype)
-        dv = put(dv, at(dv, j) + _matmul(droppedT, at(do_I, i)), j)
-        dk = put(dk, at(dk, j) + _matmul(dsT, at(q_I, i)), j)
-        dqT = put(dqT, at(dqT, i) + _matmul(at(kT_J, j), dsT), i)
+        dv = put(dv, at(dv, j) + _matmul(droppedT, block(do_I, i)), j)
+        dk = put(dk, at(dk, j) + _matmul(dsT, block(q_I, i)), j)
+        dqT = put(dqT, at(dqT, i) + _matmul(block(kT_J, j), dsT), i)
         return (dqT, dk, dv), None
 
-    start = tuple(jnp.zeros(x.shape, fp) for x in (qT_I, k_J, v_J))
+    start = tuple(_zeros(x.shape, fp, q) for x in (qT_I, k_J, v_J))
     dqT, dk, dv = _loop(pair, start, tiling.pairs(), q)
     dq = join_blocks(rounded(spec.scale * dqT.swapaxes(-1, -2), q.dtype), q.shape[1], tiling.block_q)
     dk = join_blocks(rounded(spec.scale * dk, k.dtype), k.shape[1], tiling.block_k)
@@ -212,6 +214,23 @@ def _loop(pair, start, pairs, q):
     # them for the backward pass, T * S / 2 bytes: to it, they are known before q is.
     pairs, _ = jax.lax.optimization_barrier((jnp.asarray(pairs), q))
     return jax.lax.scan(pair, start, (pairs[:, 0], pairs[:, 1]))[0]
+
+
+def _bits(x):
+    """16-bit floats as integers, which XLA cannot keep as fp32: it would convert them before the loop, once for all."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _block(dtype, x_I, i):
+    """One block of what `_bits` made of floats of `dtype`."""
+    x = at(x_I, i)
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _zeros(shape, dtype, q):
+    """Zeros that are made where q is known: others XLA makes before a loop over layers, and keeps all the while."""
+    bits = jax.lax.bitcast_convert_type(q[0, 0, 0, 0].astype(jnp.float32), jnp.int32)
+    return jnp.broadcast_to(jnp.minimum(bits & 1, 0), shape).astype(dtype)
 
 
 def _visible(tiling, side):
