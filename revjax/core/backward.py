@@ -6,6 +6,7 @@
 How x[l] is come by is the plan's answer: inverted, computed again from a keyframe, or stored.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from .chunks import ChunkedFunction
 from .layers import Layers, by_f
 from .pin import opaque_zero, pinned
 from .plan import All, Inputs, Reverse
-from .trace import Function, is_float
+from .trace import Function, is_float, partition
 from .varying import vary_alike
 
 PyTree = Any
@@ -37,20 +38,26 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
         daux_L = cotangents["aux"][i]
         streams = kept[i].get("end", streams)
         dcarry = (dstreams, dcontext, dclosures[i][replay])
+        totals = zeros_once_known(partition(params[i])[0], dstreams[1])
         if isinstance(plan, Reverse):
-            (streams, dcarry), outs = _invert_run(layers, i, shared, streams, dcarry, inputs_L, daux_L)
+            ((streams, dcarry), totals), wrong_of_fns = _invert_run(
+                layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L
+            )
         elif isinstance(plan, Inputs):
-            dcarry, outs = _recompute_run(layers, i, shared, kept[i]["start"], dcarry, inputs_L, daux_L, plan.every)
+            start = kept[i]["start"]
+            (dcarry, totals), wrong_of_fns = _recompute_run(
+                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, plan.every
+            )
         else:
-            dcarry, outs = _read_run(layers, i, shared, dcarry, inputs_L, daux_L)
+            (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L)
         dstreams, dcontext, dclosure = dcarry
         dclosures[i] = (dclosures[i][0], dclosure) if replay else (dclosure, dclosures[i][1])
-        dparams[i], wrong_of_fns = zip(*outs, strict=True)
+        dparams[i] = totals
         wrong.append(jnp.sum(by_f(wrong_of_fns).reshape(layers.num_fns(i), -1), axis=1))
     return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong[::-1])
 
 
-def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_L):
+def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
     """Rebuilds x[l-1] from x[l] and x[l+1]; one evaluation of f serves the inverse and the gradient."""
 
     def invert(carry, inputs, daux, fn, closure):
@@ -69,9 +76,7 @@ def _invert_run(layers: Layers, i: int, shared, streams, dcarry, inputs_L, daux_
             dcarry, dparams = _pull(layers, fn, args, f.leaves, step_vjp, dcarry, daux, zero)
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
-    return _reverse_scan(
-        layers, layers.replays[i], shared, invert, (streams, dcarry), (inputs_L, daux_L), layers.lengths[i]
-    )
+    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, (inputs_L, daux_L), layers.lengths[i])
 
 
 def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, unstep, dcarry, inputs):
@@ -85,17 +90,17 @@ def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, u
     return unstep(jax.lax.optimization_barrier(fx)), dcarry, dparams
 
 
-def _read_run(layers: Layers, i: int, shared, dcarry, inputs_L, daux_L):
+def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
     """Every activation was stored."""
     read = lambda dcarry, inputs, daux, fn, closure: _read(layers, shared, dcarry, inputs, daux, fn, closure)
-    return _reverse_scan(layers, layers.fns[i], shared, read, dcarry, (inputs_L, daux_L), layers.lengths[i])
+    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.lengths[i])
 
 
-def _recompute_run(layers: Layers, i: int, shared, start, dcarry, inputs_L, daux_L, every: int):
+def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, every: int):
     """From each keyframe: `every` layers forward, storing their activations, and back."""
     fns = layers.replays[i]
 
-    def segment(dcarry, segment_inputs):
+    def segment(carry, segment_inputs):
         streams, inputs_L, daux_L = segment_inputs
         again = lambda streams, inputs: forward.period(layers, fns, shared, streams, inputs, vjps=True)
         _, outs = jax.lax.scan(again, streams, inputs_L, length=every)
@@ -105,11 +110,11 @@ def _recompute_run(layers: Layers, i: int, shared, start, dcarry, inputs_L, daux
             dcarry, (dparams, _) = _read(layers, shared, dcarry, inputs, daux, fn, closure)
             return dcarry, (dparams, _differ(inputs["again"], inputs["end_sum"]))
 
-        return _reverse_scan(layers, fns, shared, read, dcarry, (inputs_L, daux_L), every)
+        return _reverse_scan(layers, fns, shared, read, carry, (inputs_L, daux_L), every)
 
     xs = (start, *forward.in_segments((inputs_L, daux_L), every))
-    dcarry, outs = jax.lax.scan(segment, dcarry, xs, reverse=True, length=layers.lengths[i] // every)
-    return dcarry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
+    carry, wrong = jax.lax.scan(segment, carry, xs, reverse=True, length=layers.lengths[i] // every)
+    return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), wrong)
 
 
 def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
@@ -122,16 +127,26 @@ def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
 
 
 def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
-    """Undoes each period, last f first. Returns the carry, and for each f of a period what `undo` left (L, ...)."""
+    """Undoes each period, last f first.
+
+    The carry is that of `undo`, and the gradients of the run's parameters, in which each layer writes its own.
+    Returns the carry, and for each f of a period how many rows were rebuilt wrong (L, ...).
+    """
 
     def unlayer(carry, xs):
-        outs = []
-        for fn, closure, inputs, daux in reversed(list(zip(fns, shared["closures"], *xs, strict=True))):
-            carry, out = undo(carry, inputs, daux, fn, closure)
-            outs.append(out)
-        return carry, tuple(outs[::-1])
+        (carry, totals), wrong = carry, []
+        totals, steps = list(totals), list(enumerate(zip(fns, shared["closures"], *xs, strict=True)))
+        for j, (fn, closure, inputs, daux) in reversed(steps):
+            carry, (dparams, wrong_rows) = undo(carry, inputs, daux, fn, closure)
+            totals[j] = jax.tree.map(functools.partial(_put, inputs["layer"]), totals[j], dparams)
+            wrong.append(wrong_rows)
+        return (carry, tuple(totals)), tuple(wrong[::-1])
 
     return jax.lax.scan(unlayer, carry, xs_L, reverse=True, length=length)
+
+
+def _put(i: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), i, 0)
 
 
 def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux, zero):
@@ -168,6 +183,16 @@ def _wrong(layers: Layers, q, forward_sum) -> jax.Array:
 
 def _differ(sums, forward_sums) -> jax.Array:
     return jnp.zeros(()) if forward_sums is None else (sums != forward_sums).astype(jnp.float32)
+
+
+def zeros_once_known(tree: PyTree, x: jax.Array) -> PyTree:
+    """Zeros like the arrays of a tree, which XLA cannot make before x, a float, is there.
+
+    Zeros of nothing it would make before the forward pass, and have them all the while.
+    """
+    bits = jax.lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
+    zero = jnp.minimum(bits & 1, 0)
+    return jax.tree.map(lambda a: jnp.broadcast_to(zero.astype(a.dtype), a.shape), tree)
 
 
 def _zeros(tree: PyTree, like: PyTree) -> PyTree:

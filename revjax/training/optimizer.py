@@ -23,6 +23,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from ..config import import_function
 from ..errors import ConfigError
+from .norms import clip_by_global_norm
 
 PyTree = Any
 
@@ -81,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, schedule: Callable[[Any], jax.Array]
     `config.name` may name a function of the user's own: it gets `(config, schedule)` and returns an optax
     transformation, learning rate and all. Raises `ConfigError` where there is none of that name.
     """
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
     if config.name not in DIRECTIONS:
         make = import_function(config.name, what="optimizer", known=DIRECTIONS, takes=("config", "schedule"))
         own = make(config, schedule)

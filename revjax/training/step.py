@@ -18,6 +18,7 @@ from flax import nnx
 
 from ..models.gradients import value_and_grad
 from .loss_scale import next_loss_scale
+from .norms import global_norm
 from .spikes import find_spike
 from .state import Nested, Skeleton, TrainState, to_nested
 
@@ -61,6 +62,7 @@ def make_train_step(
         raise ValueError(f"on_trouble must be 'warn', 'skip', 'rewind' or 'stop', but got {on_trouble!r}.")
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1, but got {accumulation}.")
+    optimizer = optax.with_extra_args_support(optimizer)
     sums = _accumulated(_gradient_sums(skeleton, loss), accumulation)
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
@@ -68,8 +70,9 @@ def make_train_step(
         scale = state.loss_scale.get("scale", 1.0)
         grads, (total, weight, more), report = sums(state.params, batch, key, scale)
         weight = jnp.where(weight == 0, 1, weight)
+        # The norm is taken before the division, which then needs no second array: it is part of the update.
+        value, grad_norm = total / weight, global_norm(grads) / (weight * scale)
         grads = jax.tree.map(lambda g: (g / (weight * scale)).astype(g.dtype), grads)
-        value, grad_norm = total / weight, optax.tree.norm(grads)
 
         is_finite, spike, after = jnp.isfinite(grad_norm), jnp.bool(False), {}
         trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value)
@@ -82,7 +85,7 @@ def make_train_step(
             trouble |= spike
         refuse = (trouble & (on_trouble != "warn")) | (~is_finite if state.loss_scale else False)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         follow = lambda mean, new: mean + (1 - (ema_decay or 0.0)) * (new - mean)
         ema = jax.tree.map(follow, state.ema, params) if state.ema else {}
@@ -99,7 +102,7 @@ def make_train_step(
         metrics = {name: x / weight for name, x in more.items()} | {
             "loss": value,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new_state.params),
+            "param_norm": global_norm(new_state.params),
             "canary": report.canary,
             "unsafe": report.unsafe,
             "max_abs": report.max_abs,

@@ -13,7 +13,16 @@ from flax import nnx
 
 from revjax.models import Decoder, DecoderConfig
 from revjax.models.stack import ReversibleStack
-from revjax.training import init_state, make_eval_step, make_train_step, split, step_compiler_options
+from revjax.training import (
+    OptimizerConfig,
+    init_state,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split,
+    step_compiler_options,
+)
 
 CONFIG = DecoderConfig(d_model=32, num_layers=2, num_heads=2, dtype="float32")
 
@@ -80,6 +89,24 @@ def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(decoder):
     for i, x in enumerate(jax.tree.leaves(nnx.state(split(decoder)[0].merge(new.params), nnx.Param))):
         np.testing.assert_allclose(x, flat[i], rtol=2e-4, atol=2e-6)
     assert int(new.step) == 1 and int(new.skipped) == 0
+
+
+def test_a_step_holds_one_copy_of_the_gradients():
+    """No squares for their norm, no quotients, nothing of the forward pass. With optax's own clipping there is more."""
+    config = dataclasses.replace(CONFIG, d_model=64, num_layers=48, loss_tile=64)
+    skeleton, params = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
+    rows = jax.ShapeDtypeStruct((2, 65), jnp.int32)
+
+    def temporary(optimizer):
+        state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
+        lowered = jax.jit(make_train_step(skeleton, token_loss, optimizer), donate_argnums=0).lower(state, rows)
+        options = step_compiler_options(jax.default_backend())
+        return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+    one_copy = sum(4 * p.size for p in jax.tree.leaves(params))
+    assert one_copy < temporary(optimizer) < 1.25 * one_copy
+    assert temporary(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))) > 1.5 * one_copy
 
 
 def test_compiled_with_its_options_a_step_copies_no_moments_and_gives_the_same_bits(decoder):
