@@ -18,6 +18,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer on your own text",
     "runs": "runs side by side: a table, and a plot of their losses",
     "check": "prove on this machine that a model's gradients are right to the bit",
+    "plan": "the fastest training step that fits into so much memory",
     "profile": "where the memory of a training step goes: a table, and a plot over the step",
     "doctor": "what revjax finds on this machine, and whether a small model is exact on it",
     "benchmark": "measure exactness, memory or speed beside the alternatives",

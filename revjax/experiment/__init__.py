@@ -16,6 +16,9 @@ from .doctor import doctor as doctor
 from .evaluation import EvaluateConfig as EvaluateConfig
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .planning import describe_plan as describe_plan
+from .planning import plan as plan
+from .planning import plan_json as plan_json
 from .run import Result as Result
 from .run import run as run
 from .samples import read_prompts as read_prompts

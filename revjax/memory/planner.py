@@ -80,16 +80,17 @@ def search(
 ) -> Found:
     """Returns the fastest candidate whose measured bytes are at most `budget`.
 
+    Tried are those that by prediction no other one beats in both time and bytes.
+
     Args:
       measure: compiles a choice and returns its bytes.
       slack: how far a prediction may lie above the budget and its candidate still be tried.
     """
     known = {c.choice: c for c in sorted(candidates, key=lambda c: (c.time, c.predicted))}
     off: dict[str, float] = {}  # measured over predicted, by plan
-    for candidate in list(known.values()):
+    for candidate in Found(None, tuple(known.values()), budget).frontier():
         plan = candidate.choice.plan
-        allowed = budget * (1 + slack if plan not in off else 1.02)
-        if candidate.predicted * off.get(plan, 1.0) > allowed:
+        if candidate.predicted * off.get(plan, 1 / (1 + slack)) > budget:
             continue
         measured = measure(candidate.choice)
         off[plan] = measured / candidate.predicted

@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.plan import plan
+
+raise SystemExit(call(plan))

@@ -1,0 +1,73 @@
+"""Costs counted by hand are near those of compiled steps, and follow what a user may change."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from revjax.memory import step_cost, temp_bytes
+from revjax.models import Decoder, DecoderConfig
+from revjax.training import (
+    OptimizerConfig,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split,
+    step_compiler_options,
+)
+
+CONFIG = DecoderConfig(num_layers=6, d_model=192, num_heads=6, loss_tile=256)
+
+
+def compiled_and_counted(config, rows, length, plan):
+    skeleton, params = split(nnx.eval_shape(lambda: Decoder(config, plan=plan, rngs=nnx.Rngs(0))))
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
+    loss = lambda model, rows, key: model.loss(rows[:, :-1], rows[:, 1:], key=key)
+    step, batch = make_train_step(skeleton, loss, optimizer), jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
+    options = step_compiler_options(jax.default_backend())
+    compiled = temp_bytes(step, state, batch, donate_argnums=0, compiler_options=options)
+    size = sum(p.size for p in jax.tree.leaves(params))
+    return compiled, step_cost(config, rows, length, plan=plan, num_params=size, state_bytes=0)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counted in profiles of CPU programs")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("plan, shape", [("nothing", (2, 1024)), ("attention", (2, 1024)), ("all", (2, 1024))])
+def test_counted_bytes_are_near_those_of_the_compiled_step(plan, shape, dtype):
+    compiled, cost = compiled_and_counted(dataclasses.replace(CONFIG, dtype=dtype), *shape, plan)
+    assert 0.9 * compiled < cost.bytes < 1.1 * compiled
+
+
+WIDE = dataclasses.replace(CONFIG, d_ff=2048)
+
+
+def count(config=WIDE, rows=4, length=256, **how):
+    return step_cost(config, rows, length, num_params=10**6, state_bytes=12 * 10**6, **how)
+
+
+def test_what_is_kept_grows_with_depth_only_where_something_is():
+    deep = dataclasses.replace(WIDE, num_layers=60)
+    assert count(deep).moments == count().moments and count().kept == 0
+    for plan in ("attention", "all", "inputs:2"):
+        assert count(deep, plan=plan).kept > 2 * count(plan=plan).kept > 0
+    bits = dataclasses.replace(WIDE, coupling="near-residual:2")
+    assert count(bits).kept == 6 * 2 * (4 * 256 * 192) * 2 // 8
+
+
+def test_time_and_bytes_go_against_each_other():
+    plans = [count(plan=plan) for plan in ("all", "attention", "nothing")]
+    assert [c.time for c in plans] == sorted(c.time for c in plans)
+    assert [c.bytes for c in plans] == sorted((c.bytes for c in plans), reverse=True)
+    for less in (count(plan="all", accumulation=4), count(dataclasses.replace(WIDE, mlp_chunk=64), plan="nothing")):
+        whole = count(plan="all") if less.kept else count()
+        assert less.bytes < whole.bytes and less.time > whole.time
+
+
+def test_a_large_vocabulary_makes_the_loss_the_highest_moment():
+    large = dataclasses.replace(WIDE, vocab_size=100_000, loss_tile=1024)
+    assert count(large).highest == "loss" and count().highest == "MLP"
+    assert count(dataclasses.replace(large, loss_tile=128)).bytes < 0.6 * count(large).bytes

@@ -1,0 +1,71 @@
+"""The planner finds the fastest candidate that really fits, and compiles few to know."""
+
+import pytest
+
+from revjax.memory import Candidate, Choice, knee, parse_bytes, search
+
+MB = 1_000_000
+
+
+def candidates(off=1.0):
+    """Plans that take more time the less they keep, and how many bytes each really takes."""
+    table = {"all": (1.0, 400), "attention": (1.2, 100), "nothing": (1.3, 60)}
+    found, really = [], {}
+    for plan, (time, bytes) in table.items():
+        for n in (1, 2, 4):
+            choice = Choice(plan, n, 1024)
+            found.append(Candidate(choice, time * (1 + 0.02 * n), bytes * MB // n + 20 * MB))
+            really[choice] = int(off * found[-1].predicted)
+    return found, really
+
+
+@pytest.mark.parametrize("off", [0.9, 1.0, 1.1, 1.5])
+@pytest.mark.parametrize("budget", [37, 46, 60, 75, 90, 130, 200, 300, 500, 700])
+def test_the_fastest_that_really_fits_is_chosen_however_far_predictions_are_off(off, budget):
+    options, really = candidates(off)
+    tried = []
+
+    def measure(choice):
+        tried.append(choice)
+        return really[choice]
+
+    found = search(options, budget * MB, measure)
+    fitting = [c for c in options if really[c.choice] <= budget * MB]
+    if not fitting:
+        assert found.chosen is None
+        assert min(c.bytes for c in found.candidates if c.measured) == min(really.values())
+    else:
+        assert found.chosen.measured == really[found.chosen.choice] <= budget * MB
+        assert found.chosen.time == min(c.time for c in fitting)
+    assert len(tried) <= 5 and len(set(tried)) == len(tried)
+
+
+def test_a_candidate_that_another_one_beats_is_not_on_the_frontier():
+    options, really = candidates()
+    worse = Candidate(Choice("all", 8, 1024), time=2.0, predicted=500 * MB)
+    found = search([*options, worse], 1000 * MB, lambda choice: really.get(choice, 500 * MB))
+    frontier = found.frontier()
+    assert worse not in frontier
+    assert [c.time for c in frontier] == sorted(c.time for c in frontier)
+    assert [c.bytes for c in frontier] == sorted((c.bytes for c in frontier), reverse=True)
+
+
+def test_the_knee_is_where_saving_memory_begins_to_cost_time():
+    points = [(1.00, 1000), (1.02, 300), (1.04, 200), (1.60, 150)]
+    frontier = [Candidate(Choice("all", n, 1), time, bytes) for n, (time, bytes) in enumerate(points)]
+    assert knee(frontier).predicted == 200
+    assert knee(frontier[:1]) is frontier[0]
+
+
+@pytest.mark.parametrize(
+    "text, bytes",
+    [("40GiB", 40 * 2**30), ("8 GB", 8 * 10**9), ("500mb", 500 * 10**6), ("1.5kib", 1536), ("1e9", 10**9), ("7", 7)],
+)
+def test_bytes_are_read_with_their_units(text, bytes):
+    assert parse_bytes(text) == bytes
+
+
+@pytest.mark.parametrize("text", ["40 gigs", "", "GB", "-1GB", "0", "1e999", "nan", "4..0GB", "1GBB"])
+def test_what_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(ValueError, match="40GiB|above 0"):
+        parse_bytes(text)
