@@ -10,6 +10,7 @@ import jax
 
 from ..errors import ConfigError
 from ..logging import get_logger
+from .cost import cost, draw
 from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
 from .gradients import GradientsConfig, gradients
 from .loop import LoopConfig, loop
@@ -62,6 +63,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
             for n in (12, 48)
         ],
     ),
+    "cost": (cost, draw(seed=20_261_125, n=24)),
     "speed": (
         speed,
         [SpeedConfig(dtype=dtype, **_WIDE) for dtype in ("bfloat16", "float32")]
@@ -80,6 +82,7 @@ ABOUT = {
     "attention": "bytes of blockwise attention at three lengths (a minute)",
     "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
+    "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
     "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",
 }  # on two CPU cores

@@ -5,6 +5,7 @@ import pathlib
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from .planner import Found
 
@@ -16,21 +17,24 @@ def plot_plans(found: Found, path: str | os.PathLike, *, title: str) -> pathlib.
     """Draws time of a step (relative, predicted) against its memory, with the frontier and the chosen one."""
     path = pathlib.Path(path)
     fastest = min(c.time for c in found.candidates)
+    unit, name = (1e9, "GB") if max(c.bytes for c in found.candidates) >= 1e9 else (1e6, "MB")
     figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for plan, colour in _COLOURS.items():
-        points = [(c.bytes / 1e9, c.time / fastest) for c in found.candidates if c.choice.plan == plan]
+        points = [(c.bytes / unit, c.time / fastest) for c in found.candidates if c.choice.plan == plan]
         if points:
             axes.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.55, linewidths=0, label=plan)
-    frontier = [(c.bytes / 1e9, c.time / fastest) for c in found.frontier()]
+    frontier = [(c.bytes / unit, c.time / fastest) for c in found.frontier()]
     axes.plot(*zip(*frontier, strict=True), color=_GREY, linewidth=0.8, drawstyle="steps-pre", zorder=0)
     if found.chosen is not None:
-        at = (found.chosen.bytes / 1e9, found.chosen.time / fastest)
+        at = (found.chosen.bytes / unit, found.chosen.time / fastest)
         axes.scatter(*at, s=90, facecolors="none", edgecolors="black", linewidths=1.2, label="chosen")
-    axes.axvline(found.budget / 1e9, color=_GREY, linewidth=0.8, linestyle=":")
+    axes.axvline(found.budget / unit, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    axes.set(xlabel="memory of a device, GB", ylabel="time of a step, relative (estimate)", title=title)
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set(xlabel=f"memory of a device, {name}", ylabel="time of a step, relative (estimate)", title=title)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
