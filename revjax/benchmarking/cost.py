@@ -84,5 +84,5 @@ def cost(config: CostConfig) -> dict[str, float | str]:
     }
 
 
-def _next_token_loss(model: Any, rows: jax.Array, key: jax.Array):
+def _next_token_loss(model: Any, rows: jax.Array, key: jax.Array | None):
     return model.loss(rows[:, :-1], rows[:, 1:], key=key)

@@ -35,10 +35,9 @@ def compiled_and_counted(config, rows, length, plan):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counted in profiles of CPU programs")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("plan, shape", [("nothing", (2, 1024)), ("attention", (2, 1024)), ("all", (2, 1024))])
-def test_counted_bytes_are_near_those_of_the_compiled_step(plan, shape, dtype):
-    compiled, cost = compiled_and_counted(dataclasses.replace(CONFIG, dtype=dtype), *shape, plan)
+@pytest.mark.parametrize("plan, dtype", [("nothing", "bfloat16"), ("attention", "float32"), ("all", "bfloat16")])
+def test_counted_bytes_are_near_those_of_the_compiled_step(plan, dtype):
+    compiled, cost = compiled_and_counted(dataclasses.replace(CONFIG, dtype=dtype), 2, 1024, plan)
     assert 0.9 * compiled < cost.bytes < 1.1 * compiled
 
 
