@@ -60,19 +60,19 @@ def memory(config: MemoryConfig) -> dict[str, int | str]:
     def ours(model, x):
         return value_and_grad(lambda model: jnp.mean(model.stack(x) ** 2))(model)
 
-    def theirs(model, x, *, remat):
+    def theirs(model, x, *, rival):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params):
-            y = residual_stack(nnx.merge(graphdef, params, rest), x.astype(jnp.dtype(config.dtype)), remat=remat)
+            y = residual_stack(nnx.merge(graphdef, params, rest), x.astype(jnp.dtype(config.dtype)), rival)
             return jnp.mean(y.astype(jnp.float32) ** 2)
 
         return jax.grad(loss)(params)
 
     return dataclasses.asdict(config) | {
         "reversible": temp_bytes(ours, model, x),
-        "checkpoint": temp_bytes(functools.partial(theirs, remat=True), model, x),
-        "stored": temp_bytes(functools.partial(theirs, remat=False), model, x),
+        "checkpoint": temp_bytes(functools.partial(theirs, rival="checkpoint"), model, x),
+        "stored": temp_bytes(functools.partial(theirs, rival="stored"), model, x),
     }
 
 

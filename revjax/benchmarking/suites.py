@@ -15,6 +15,7 @@ from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
 from .gradients import GradientsConfig, gradients
 from .loop import LoopConfig, loop
 from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
+from .rivals import rival, ways
 from .speed import SpeedConfig, speed
 
 _LONG: dict[str, Any] = dict(num_layers=96, d_model=128, sequence_length=128, batch_size=1)
@@ -64,6 +65,16 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
         ],
     ),
     "cost": (cost, draw(seed=20_261_125, n=24)),
+    "rivals": (
+        rival,
+        [
+            config
+            for dtype in ("bfloat16", "float32")
+            for config in ways(
+                num_layers=48, d_model=256, sequence_length=2048, batch_size=1, vocab_size=8192, dtype=dtype
+            )
+        ],
+    ),
     "speed": (
         speed,
         [SpeedConfig(dtype=dtype, **_WIDE) for dtype in ("bfloat16", "float32")]
@@ -83,6 +94,7 @@ ABOUT = {
     "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
     "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",
+    "rivals": "every plan beside every form of jax.checkpoint, memory and time in pairs (half an hour)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
     "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",
 }  # on two CPU cores

@@ -1,12 +1,21 @@
-"""The rival: the same layers in an ordinary residual stack, `lax.scan` with `jax.checkpoint` per layer.
+"""The rivals: the same layers in an ordinary residual stack, under `lax.scan`, each in its best form.
 
     x[l+1] = x[l] + f_l(x[l])        x in the compute dtype
+
+    stored       every activation that a gradient needs
+    dots         jax.checkpoint per layer that keeps the results of matrix products
+    attention    jax.checkpoint per layer that keeps attention's output and log-sum-exp
+    checkpoint   jax.checkpoint per layer: x at every layer is kept, the rest is computed again
+    nested       jax.checkpoint per segment of about sqrt(L) layers, and per layer in it
 
 Every claim of revjax is measured beside this. Nothing of the reversible core is used here, and no rounding
 is pinned: it is what one would write without revjax.
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +24,17 @@ from flax import nnx
 from ..models.decoder import Decoder
 from ..nn import cross_entropy
 
+RIVALS = ("stored", "dots", "attention", "checkpoint", "nested")
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "checkpoint": None,
+    "nested": None,
+}
 
-def residual_stack(model: Decoder, x: jax.Array, *, remat: bool = True) -> jax.Array:
-    """The layers of `model` as an ordinary residual network; `remat` recomputes each layer in the backward pass."""
+
+def residual_stack(model: Decoder, x: jax.Array, rival: str = "checkpoint") -> jax.Array:
+    """The layers of `model` as an ordinary residual network, with what `rival` keeps for the backward pass."""
     for branches in model.stack.runs:
         graphdef, params_L = nnx.split(list(branches))
 
@@ -26,8 +43,19 @@ def residual_stack(model: Decoder, x: jax.Array, *, remat: bool = True) -> jax.A
                 x = x + _by_chunks(branch, x).astype(x.dtype)
             return x, None
 
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params_L)
+        if rival != "stored":  # in a scan, XLA cannot merge what is computed twice: no barriers are needed
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[rival])
+        x = _scan_segments(layer, x, params_L) if rival == "nested" else jax.lax.scan(layer, x, params_L)[0]
     return x
+
+
+def _scan_segments(layer: Callable, x: jax.Array, params_L: Any) -> jax.Array:
+    """`lax.scan` over segments of about sqrt(L) layers, of which each is computed again as a whole."""
+    length = jax.tree.leaves(params_L)[0].shape[0]
+    size = min((n for n in range(1, length + 1) if length % n == 0), key=lambda n: abs(n - math.sqrt(length)))
+    segments = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), params_L)
+    segment = lambda x, params: (jax.lax.scan(layer, x, params)[0], None)
+    return jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), x, segments)[0]
 
 
 def _by_chunks(branch: nnx.Module, x_BTD: jax.Array) -> jax.Array:
@@ -41,14 +69,14 @@ def _by_chunks(branch: nnx.Module, x_BTD: jax.Array) -> jax.Array:
     return y.reshape(padded.shape)[:, :length]
 
 
-def residual_loss(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, *, remat: bool = True) -> jax.Array:
+def residual_loss(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, rival: str = "checkpoint") -> jax.Array:
     """The mean cross-entropy of `model`, run as an ordinary residual network; same attention, same fused loss."""
     dtype = jnp.dtype(model.config.dtype)
-    x_BTD = residual_stack(model, model.embedding.encode(tokens_BT).astype(dtype), remat=remat)
+    x_BTD = residual_stack(model, model.embedding.encode(tokens_BT).astype(dtype), rival)
     x_BTD = model.read_out(x_BTD, x_BTD) if model.readout == "concat" else model.norm(x_BTD)
     loss, weight = cross_entropy(x_BTD, model.head_kernel, targets_BT, tile_tokens=model.config.loss_tile, dtype=dtype)
     return loss / weight
 
 
-checkpoint_loss = functools.partial(residual_loss, remat=True)
-stored_loss = functools.partial(residual_loss, remat=False)
+checkpoint_loss = functools.partial(residual_loss, rival="checkpoint")
+stored_loss = functools.partial(residual_loss, rival="stored")

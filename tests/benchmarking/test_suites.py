@@ -1,13 +1,17 @@
 """The benchmark command keeps its rows, goes on where it was, and refuses what it does not know."""
 
+import dataclasses
 import json
 
 import numpy as np
 
 from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, run_suite
+from revjax.benchmarking.cost import cost, draw
 from revjax.benchmarking.gradients import distance, unequal
 from revjax.benchmarking.memory import AttentionConfig, TrainStepConfig, attention, train_step
+from revjax.benchmarking.rivals import rival, ways
 from revjax.cli import main
+from revjax.memory import RIVALS
 
 TINY = MemoryConfig(num_layers=2, d_model=64, sequence_length=16, batch_size=1)
 
@@ -39,6 +43,17 @@ def test_gradients_are_compared_with_the_stored_run_and_its_own_floor():
     assert row["to_stored"] == row["to_stored_unequal"] == row["canary"] == 0 and row["losses_equal"] == 1
     a, b = {"w": np.array([1.0, 2.0])}, {"w": np.array([1.0, 4.0])}
     assert unequal(a, b) == 0.5 and distance(a, b) > 0.4
+
+
+def test_every_way_to_a_gradient_is_measured_and_counted_costs_stand_beside_compiled_ones():
+    shape = dict(num_layers=4, d_model=64, sequence_length=64, batch_size=1, vocab_size=64, dtype="float32")
+    rows = {config.way: rival(dataclasses.replace(config, pairs=1)) for config in ways(**shape)}
+    assert set(rows) == {"revjax nothing", "revjax attention", "revjax all", *RIVALS}
+    assert rows["stored"]["bytes"] > rows["checkpoint"]["bytes"] and all(row["to_nothing"] > 0 for row in rows.values())
+    first, again = draw(7, 3), draw(7, 3)
+    assert first == again != draw(8, 3)
+    row = cost(dataclasses.replace(first[0], num_layers=2, sequence_length=128, vocab_size=256, batch_size=1))
+    assert row["off"] == row["counted"] / row["compiled"] - 1 and row["gradients"] < row["compiled"]
 
 
 def test_a_training_step_holds_more_than_its_gradient_and_attention_grows_with_its_length():
