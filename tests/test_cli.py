@@ -189,7 +189,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(tmp_path, capsys):
 def test_a_plan_fits_its_budget_and_the_smallest_budget_is_told(tmp_path, capsys):
     assert cli.main(["plan", TINY, "--budget=100kB"]) == 2
     err = capsys.readouterr().err
-    least = re.search(r"error: Nothing fits into 0.1 MB: .* Give --budget=(\d+MB), or a smaller", err)
+    least = re.search(r"error: Nothing fits into 100 kB: .* Give a budget of (\d+MB), or a smaller", err)
     assert least and "Traceback" not in err
     plot = tmp_path / "plan.png"
     assert cli.main(["plan", TINY, f"--budget={least[1]}", "--json", f"--plot={plot}"]) == 0
@@ -206,7 +206,7 @@ def test_a_plan_fits_its_budget_and_the_smallest_budget_is_told(tmp_path, capsys
 
 @pytest.mark.parametrize("budget", ["40gigs", "-1GB", "0", "most"])
 def test_a_budget_that_is_none_is_one_message(capsys, budget):
-    assert f"--budget={budget}: Bytes" in message_of(capsys, ["plan", TINY, f"--budget={budget}"])
+    assert f"The budget {budget!r}: Bytes" in message_of(capsys, ["plan", TINY, f"--budget={budget}"])
 
 
 def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):

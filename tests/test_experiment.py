@@ -60,6 +60,26 @@ def finished(text, tmp_path_factory):
     return config, ready, experiment.run(ready)
 
 
+def test_a_budget_is_settled_once_and_a_run_keeps_what_it_came_to(text, tmp_path, caplog):
+    config = configure(text, tmp_path, "--memory.budget=aggressive", "--training.steps=2")
+    with caplog.at_level(logging.INFO, "revjax"):
+        ready = experiment.build(config)
+    settled = ready.config.memory
+    assert (settled.plan, settled.accumulation, settled.budget) == ("nothing", 4, "aggressive")
+    assert "memory.budget aggressive: plan nothing, 4 micro-batches" in caplog.text
+    assert experiment.run(ready).outcome.ended == "finished"
+    assert load(RunConfig, tmp_path / "a" / "config.yaml", environ={}).memory == settled
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "revjax"):
+        assert experiment.build(config).config == ready.config
+    assert "plan nothing" not in caplog.text  # read, not looked for
+    with pytest.raises(RunFolderError, match=r"memory.budget was 'aggressive' and is now 'balanced'"):
+        experiment.build(configure(text, tmp_path, "--memory.budget=balanced", "--training.steps=2"))
+    with pytest.raises(ConfigError, match="Nothing fits into 1 kB"):
+        experiment.build(configure(text, tmp_path, "--memory.budget=1kB", "--run.name=b"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_run_leaves_what_it_says(finished):
     config, _, result = finished
     folder = config.run.path

@@ -6,7 +6,6 @@ config  ->  build: text, model, optimizer, compiled step  ->  run: trains in run
 from .build import Experiment as Experiment
 from .build import build as build
 from .build import check_model as check_model
-from .build import next_token_loss as next_token_loss
 from .compilation import use_compilation_cache as use_compilation_cache
 from .config import FolderConfig as FolderConfig
 from .config import MemoryConfig as MemoryConfig
@@ -19,6 +18,7 @@ from .evaluation import evaluate as evaluate
 from .planning import describe_plan as describe_plan
 from .planning import plan as plan
 from .planning import plan_json as plan_json
+from .program import next_token_loss as next_token_loss
 from .run import Result as Result
 from .run import run as run
 from .samples import read_prompts as read_prompts

@@ -4,10 +4,9 @@
 """
 
 import dataclasses
-import functools
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 from flax import nnx
 
 from ..checkpoint import Checkpointer
-from ..data import Batches, Corpus, Tokenizer, batch_shapes, find_texts, load_corpus, load_tokenizer
+from ..data import Batches, Corpus, Tokenizer, find_texts, load_corpus, load_tokenizer
 from ..errors import ConfigError, DamagedCheckpointError, DataError
 from ..generation.decode import check_prompt
 from ..logging import get_logger
@@ -25,19 +24,15 @@ from ..training import (
     Skeleton,
     TrainState,
     check_installed,
-    init_state,
     make_eval_step,
     make_optimizer,
     make_schedule,
-    make_train_step,
     rewinds_to,
-    split,
-    split_abstract,
-    step_compiler_options,
 )
 from .config import FREE, RunConfig
 from .devices import Devices
-from .trained import parameters_of
+from .planning import planned
+from .program import Program, next_token_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +62,11 @@ class Experiment:
         return 0 if self.is_dry else int(self.state.step)
 
 
-def next_token_loss(
-    model: Any, batch: dict[str, jax.Array], key: jax.Array | None, *, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses in nats, number of tokens) of predicting each of the tokens (B, T + 1) but the first of a row.
-
-    `model` is a language model with a `loss`, such as `Decoder`; what else is in `batch` (segment_ids, positions) goes
-    to it.
-    """
-    more = dict(batch)
-    tokens = more.pop("tokens")
-    return model.loss(tokens[:, :-1], tokens[:, 1:], key=key, z_loss=z_loss, **more)
-
-
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
-    The step is traced first, and compiled while the text is read and the state is made.
+    With a memory.budget, what the step keeps and how the batch is cut is settled before (`planned`). The step is traced
+    first, and compiled while the text is read and the state is made.
 
     Args:
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
@@ -97,6 +80,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     devices = Devices.of(config)
     tokenizer, files = _tokenizer(config), find_texts(config.data)
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
+    config = planned(config)
     if knows_steps:  # before any work, and after what may be wrong with the configuration alone
         found = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if not dry:
@@ -145,63 +129,6 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         run_id=meta["run_id"] if _is_of(meta, config) else secrets.token_hex(4),
         damaged=damaged,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The step of a run, ready to be compiled, and how its state is made. Needs no text."""
-
-    devices: Devices
-    make_model: Callable[[], Decoder]
-    start: Callable[[dict[str, Any]], TrainState]  # from parameters
-    skeleton: Skeleton
-    shapes: TrainState  # without values, but with shardings
-    lowered: Any  # the jitted step
-
-    @staticmethod
-    def of(config: RunConfig, devices: Devices) -> "Program":
-        training, data = config.training, config.data
-        param_key, step_key = jax.random.split(jax.random.key(training.seed))
-        make_model = lambda: Decoder(
-            devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
-        )
-        skeleton, params = split_abstract(make_model)
-        schedule = make_schedule(config.optimizer, training.steps)
-        optimizer = make_optimizer(config.optimizer, schedule)
-        start = functools.partial(
-            init_state,
-            optimizer=optimizer,
-            key=step_key,
-            ema=training.ema_decay is not None,
-            loss_scale=config.model.dtype == "float16",
-            spikes=training.spike_sigmas is not None,
-        )
-        shapes = devices.shapes_of_state(jax.eval_shape(start, params))
-        step = make_train_step(
-            skeleton,
-            functools.partial(next_token_loss, z_loss=training.z_loss),
-            optimizer,
-            schedule=schedule,
-            on_trouble=training.on_trouble,
-            accumulation=config.memory.accumulation,
-            ema_decay=training.ema_decay,
-            spike_sigmas=training.spike_sigmas,
-        )
-        batch = devices.shapes_of_batch(
-            batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
-        )
-        return Program(devices, make_model, start, skeleton, shapes, devices.jit(step, shapes).lower(shapes, batch))
-
-    def compile(self) -> Any:
-        """The step, compiled for the devices."""
-        return self.lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
-
-    def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
-        """The state before the first step, its arrays made where they belong: random, or from the run `start_from`."""
-        if start_from is None:
-            return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
-        params = parameters_of(start_from, self.shapes.params, tokenizer)
-        return self.devices.make(self.start, self.shapes, params)
 
 
 def _is_of(meta: dict[str, Any], config: RunConfig) -> bool:

@@ -59,6 +59,9 @@ class MemoryConfig:
     # nothing (rebuild), attention (rebuild, but keep attention's outputs), inputs:K (recompute from every K-th layer)
     # or all (store)
     plan: str = "nothing"
+    # bytes of one device ("40GiB"), a part of it ("0.5"), auto, balanced or aggressive: the fastest step that fits is
+    # looked for, which sets plan, accumulation, model.loss_tile and model.mlp_chunk (at most as given); null: none is
+    budget: str | None = None
     accumulation: int = 1  # micro-batches that data.batch_size is cut into, one after another
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ import jax
 from ..data import Part, load_corpus, validation_batches
 from ..errors import DataError
 from ..training import bits_per_byte, make_eval_step, mean_loss, split
-from .build import next_token_loss
+from .program import next_token_loss
 from .trained import load_run
 
 

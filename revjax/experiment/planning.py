@@ -15,9 +15,10 @@ from ..core import parse_coupling
 from ..errors import ConfigError
 from ..logging import get_logger
 from ..memory import Candidate, Choice, Found, knee, parse_bytes, search, step_cost
-from .build import Program
+from ..training import read_config
 from .config import RunConfig
 from .devices import Devices
+from .program import Program
 
 _SMALLEST_TILE, _SMALLEST_CHUNK = 128, 256
 _SHARE_OF_DEVICE = 0.9  # of `auto`: the rest is for what XLA does not count
@@ -47,11 +48,31 @@ def plan(config: RunConfig, budget: str) -> Found:
         least = min(found.candidates, key=lambda c: c.bytes)
         raise ConfigError(
             f"Nothing fits into {_bytes(allowed)}: the least that a step of {config.run.name} needs is "
-            f"{_bytes(least.bytes)} ({describe_choice(least.choice)}). Give --budget={math.ceil(least.bytes / 1e6)}MB, "
-            "or a smaller --data.batch_size, --data.sequence_length or model; --optimizer.moment_dtype=bfloat16 and "
-            "--model.param_dtype=bfloat16 save parameters and moments."
+            f"{_bytes(least.bytes)} ({describe_choice(least.choice)}). Give a budget of "
+            f"{math.ceil(least.bytes / 1e6)}MB, or a smaller --data.batch_size, --data.sequence_length or model; "
+            "--optimizer.moment_dtype=bfloat16 and --model.param_dtype=bfloat16 save parameters and moments."
         )
     return found
+
+
+def planned(config: RunConfig) -> RunConfig:
+    """`config` with what its memory.budget comes to: as its run was begun, or, for a new run, what `plan` finds.
+
+    So neither another machine nor another version changes a run under way.
+    """
+    budget = config.memory.budget
+    if budget is None:
+        return config
+    begun = config.run.path / "config.yaml"
+    there = read_config(config.run.path, RunConfig) if begun.is_file() else None
+    if there is not None and there.memory.budget == budget:
+        return with_choice(config, _choice_of(there))
+    chosen = plan(config, budget).chosen
+    assert chosen is not None
+    get_logger(__name__).info(
+        "memory.budget %s: %s, %s in all", budget, describe_choice(chosen.choice), _bytes(chosen.bytes)
+    )
+    return with_choice(config, chosen.choice)
 
 
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
@@ -83,7 +104,7 @@ def budget_bytes(budget: str) -> int:
         return parse_bytes(budget)
     except ValueError as e:
         raise ConfigError(
-            f"--budget={budget}: {e} It may also be a part of the device (0.5), auto, aggressive or balanced."
+            f"The budget {budget!r}: {e} It may also be a part of the device (0.5), auto, aggressive or balanced."
         ) from None
 
 
@@ -215,4 +236,6 @@ def _on_device(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def _bytes(n: float) -> str:
+    if n < 1e6:
+        return f"{n / 1e3:.0f} kB"
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

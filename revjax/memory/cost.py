@@ -70,7 +70,7 @@ def step_cost(
     rows = -(-batch_size // accumulation)
     sizes = Sizes(config, rows, sequence_length)
     kept = _kept(sizes, plan)
-    gradients = 4 * num_params
+    gradients = jnp.dtype(config.param_dtype).itemsize * num_params
     moments = {
         "loss": kept + _loss(sizes),
         "attention": kept + gradients + _attention(sizes, plan),
@@ -78,7 +78,7 @@ def step_cost(
         "update": gradients + sizes.largest_layer_parameter,
     }
     if accumulation > 1:  # the sum over micro-batches, beside the gradients of one
-        moments = {name: n + gradients * (name != "update") for name, n in moments.items()}
+        moments = {name: n + 4 * num_params * (name != "update") for name, n in moments.items()}
     time = _time(config, batch_size, sequence_length, plan, accumulation, num_params)
     return Cost(state_bytes, moments, kept, time)
 

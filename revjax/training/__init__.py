@@ -5,6 +5,7 @@ from .comparison import plot_runs as plot_runs
 from .comparison import summarize_run as summarize_run
 from .comparison import table as table
 from .folder import RunFolder as RunFolder
+from .folder import read_config as read_config
 from .loop import Outcome as Outcome
 from .loop import TrainingConfig as TrainingConfig
 from .loop import mean_loss as mean_loss

@@ -1,0 +1,96 @@
+"""The step of a run, before anything is allocated or read."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..data import Tokenizer, batch_shapes
+from ..models import Decoder
+from ..training import (
+    Skeleton,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split,
+    split_abstract,
+    step_compiler_options,
+)
+from .config import RunConfig
+from .devices import Devices
+from .trained import parameters_of
+
+
+def next_token_loss(
+    model: Any, batch: dict[str, jax.Array], key: jax.Array | None, *, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of losses in nats, number of tokens) of predicting each of the tokens (B, T + 1) but the first of a row.
+
+    `model` is a language model with a `loss`, such as `Decoder`; what else is in `batch` (segment_ids, positions) goes
+    to it.
+    """
+    more = dict(batch)
+    tokens = more.pop("tokens")
+    return model.loss(tokens[:, :-1], tokens[:, 1:], key=key, z_loss=z_loss, **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The step of a run, ready to be compiled, and how its state is made. Needs no text."""
+
+    devices: Devices
+    make_model: Callable[[], Decoder]
+    start: Callable[[dict[str, Any]], TrainState]  # from parameters
+    skeleton: Skeleton
+    shapes: TrainState  # without values, but with shardings
+    lowered: Any  # the jitted step
+
+    @staticmethod
+    def of(config: RunConfig, devices: Devices) -> "Program":
+        training, data = config.training, config.data
+        param_key, step_key = jax.random.split(jax.random.key(training.seed))
+        make_model = lambda: Decoder(
+            devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
+        )
+        skeleton, params = split_abstract(make_model)
+        schedule = make_schedule(config.optimizer, training.steps)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        start = functools.partial(
+            init_state,
+            optimizer=optimizer,
+            key=step_key,
+            ema=training.ema_decay is not None,
+            loss_scale=config.model.dtype == "float16",
+            spikes=training.spike_sigmas is not None,
+        )
+        shapes = devices.shapes_of_state(jax.eval_shape(start, params))
+        step = make_train_step(
+            skeleton,
+            functools.partial(next_token_loss, z_loss=training.z_loss),
+            optimizer,
+            schedule=schedule,
+            on_trouble=training.on_trouble,
+            accumulation=config.memory.accumulation,
+            ema_decay=training.ema_decay,
+            spike_sigmas=training.spike_sigmas,
+        )
+        batch = devices.shapes_of_batch(
+            batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
+        )
+        return Program(devices, make_model, start, skeleton, shapes, devices.jit(step, shapes).lower(shapes, batch))
+
+    def compile(self) -> Any:
+        """The step, compiled for the devices."""
+        return self.lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
+
+    def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
+        """The state before the first step, its arrays made where they belong: random, or from the run `start_from`."""
+        if start_from is None:
+            return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
+        params = parameters_of(start_from, self.shapes.params, tokenizer)
+        return self.devices.make(self.start, self.shapes, params)
