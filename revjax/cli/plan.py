@@ -31,7 +31,7 @@ def plan(argv: list[str]) -> int:
     given = {name: _take_value(words, name) for name in ("--budget", "--plot")}
     setup()
     config = load(experiment.RunConfig, paths, words)
-    found = experiment.plan(config, given["--budget"] or "auto")
+    found = experiment.plan(config, given["--budget"] or config.memory.budget or "auto")
     print(json.dumps(experiment.plan_json(config, found)) if as_json else experiment.describe_plan(config, found))
     if given["--plot"]:
         try:

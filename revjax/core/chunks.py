@@ -69,8 +69,8 @@ class ChunkedFunction:
         return None
 
     @property
-    def num_named(self) -> int:
-        return 0
+    def named(self) -> list[Any]:
+        return []
 
     def __call__(self, args: PyTree, zero: jax.Array, *, vjp: bool, named: Sequence[jax.Array] = ()) -> Result:
         def one(_, xs):

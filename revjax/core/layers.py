@@ -151,12 +151,15 @@ class Layers:
                 replay.append(
                     trace(f, params, stream, inputs | {"tape": tape}, names) if tape is not None else period[-1]
                 )
-            if names and not any(fn.num_named for fn in period):
+            if names and not any(fn.named for fn in period):
                 raise ValueError(
-                    f"The plan keeps what is named {' or '.join(map(repr, names))}, but no function of the run names "
-                    "anything so: y = jax.ad_checkpoint.checkpoint_name(y, "
-                    f"{names[0]!r}). (revjax.nn.Attention does, but not with cuDNN; or use plan='nothing'.)"
+                    f"The plan keeps what is named {' or '.join(map(repr, names))}, but no function of this run names "
+                    f"anything so: y = jax.ad_checkpoint.checkpoint_name(y, {names[0]!r}), not inside a loop, a "
+                    "condition or a chunk of tokens. (revjax.nn.Attention does, but not with cuDNN.) Or use "
+                    "plan='nothing', for this run alone where there are several."
                 )
+            if any(fn.named != again.named for fn, again in zip(period, replay, strict=True)):
+                raise ValueError("A function with a tape must name the same values with and without `tape=`.")
             fns.append(tuple(period))
             replays.append(tuple(replay))
         return Layers(

@@ -73,9 +73,9 @@ class Function:
         return Result(fx, aux, tape, cache, new if vjp else [], outs[m:])
 
     @property
-    def num_named(self) -> int:
-        """How many values are kept by name."""
-        return len(self.program.out_avals) - self.num_out - len(self.forwarded)
+    def named(self) -> list[Any]:
+        """Shapes of the values that are kept by name."""
+        return list(self.program.out_avals[self.num_out + len(self.forwarded) :])
 
     def transpose(self, args: PyTree, new: list[jax.Array], cotangents: PyTree) -> PyTree:
         """The gradients with respect to the differentiated arguments, given the leaves of a `Result`."""
@@ -150,7 +150,8 @@ def _keeping(program: ClosedJaxpr, names: Sequence[str]) -> tuple[ClosedJaxpr, C
     """
     program = rewired(program)
     is_kept = lambda eqn: eqn.primitive.name == "name" and eqn.params["name"] in names
-    named = list(dict.fromkeys(eqn.invars[0] for eqn in program.eqns if is_kept(eqn)))
+    values = (eqn.invars[0] for eqn in program.eqns if is_kept(eqn))
+    named = list(dict.fromkeys(v for v in values if not isinstance(v, Literal)))
     return rewired(program, also=named), rewired(program, given=named)
 
 

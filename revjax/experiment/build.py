@@ -81,6 +81,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     tokenizer, files = _tokenizer(config), find_texts(config.data)
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
     config = planned(config)
+    devices = Devices.of(config)  # micro-batches may be others now
     if knows_steps:  # before any work, and after what may be wrong with the configuration alone
         found = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if not dry:

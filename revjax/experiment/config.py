@@ -97,7 +97,8 @@ class RunConfig:
                 f"memory.accumulation must divide data.batch_size, but got {self.memory.accumulation} and "
                 f"{self.data.batch_size}."
             )
-        if not parse_coupling(self.model.coupling).reversible and isinstance(parse_plan(self.memory.plan), Reverse):
+        reversible = parse_coupling(self.model.coupling).reversible or self.memory.budget is not None
+        if not reversible and isinstance(parse_plan(self.memory.plan), Reverse):
             raise ConfigError(
                 f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan {self.memory.plan!r} cannot "
                 "rebuild its streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible "

@@ -6,6 +6,7 @@ logits, or a hidden layer of the MLP, at one time. All of it changes what a step
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def plan(config: RunConfig, budget: str) -> Found:
     allowed = budget_bytes(budget)
     found = search(candidates, allowed, measure)
     if found.chosen is None:
-        least = min(found.candidates, key=lambda c: c.bytes)
+        least = min((c for c in found.candidates if c.measured is not None), key=lambda c: c.bytes)
         raise ConfigError(
             f"Nothing fits into {_bytes(allowed)}: the least that a step of {config.run.name} needs is "
             f"{_bytes(least.bytes)} ({describe_choice(least.choice)}). Give a budget of "
@@ -82,6 +83,11 @@ def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
     return dataclasses.replace(config, memory=memory, model=model)
 
 
+def with_plan(config: RunConfig, name: str) -> RunConfig:
+    """`config` with another plan."""
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, plan=name))
+
+
 def settings(choice: Choice) -> dict[str, str]:
     """What to write into a configuration, by field."""
     return {
@@ -109,14 +115,17 @@ def budget_bytes(budget: str) -> int:
 
 
 def device_bytes() -> int:
-    """The memory of one device that this process can have; of a CPU, what the machine has free."""
+    """The memory of one device that this process can have; of a CPU, its part of what is free."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+        allowed = pathlib.Path("/sys/fs/cgroup/memory.max")
+        limit = allowed.read_text().strip() if allowed.is_file() else "max"
+        return min(free, int(limit) if limit.isdecimal() else free) // jax.local_device_count()
     except (OSError, KeyError, ValueError):
         raise ConfigError("This device does not tell its memory: give bytes, such as --budget=8GB.") from None
 
@@ -149,7 +158,8 @@ def describe_plan(config: RunConfig, found: Found) -> str:
     }
     text = [f"{name:<12} {line}" for name, line in lines.items()]
     chosen_settings = " ".join(f"--{name}={value}" for name, value in settings(chosen.choice).items())
-    return "\n".join([*text, "", *table, "", f"{'set':<12} {chosen_settings}"])
+    no_budget = " --memory.budget=null" if config.memory.budget is not None else ""
+    return "\n".join([*text, "", *table, "", f"{'set':<12} {chosen_settings}{no_budget}"])
 
 
 def plan_json(config: RunConfig, found: Found) -> dict[str, Any]:
@@ -181,14 +191,19 @@ def _as_chosen(candidate: Candidate, candidates: list[Candidate], measure) -> Fo
 
 
 def _candidates(config: RunConfig, devices: Devices) -> Iterator[Candidate]:
-    shapes = Program.of(config, devices).shapes
+    reversible = parse_coupling(config.model.coupling).reversible
+    plans = ["nothing", "attention", "all"] if reversible else ["inputs", "all"]
+    try:
+        shapes = Program.of(with_plan(config, plans[1]), devices).shapes
+    except ConfigError:  # attention that cannot keep what it computes (cuDNN)
+        plans.remove("attention")
+        shapes = Program.of(with_plan(config, "nothing"), devices).shapes
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
     of_params = sum(math.prod(_on_device(x)) for x in jax.tree.leaves(shapes.params))
     state = sum(math.prod(_on_device(x)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    reversible = parse_coupling(config.model.coupling).reversible
-    plans = ("nothing", "attention", "all") if reversible else ("inputs", "all")
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
-        for loss_tile in _halvings(config.model.loss_tile, _SMALLEST_TILE):
+        tokens = rows * length // accumulation
+        for loss_tile in _halvings(min(config.model.loss_tile, tokens), _SMALLEST_TILE):
             for mlp_chunk in _chunks(config):
                 model = dataclasses.replace(config.model, loss_tile=loss_tile, mlp_chunk=mlp_chunk)
                 for name in plans:

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from ..data import Tokenizer, batch_shapes
+from ..errors import ConfigError
 from ..models import Decoder
 from ..training import (
     Skeleton,
@@ -82,7 +83,13 @@ class Program:
         batch = devices.shapes_of_batch(
             batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
         )
-        return Program(devices, make_model, start, skeleton, shapes, devices.jit(step, shapes).lower(shapes, batch))
+        try:
+            lowered = devices.jit(step, shapes).lower(shapes, batch)
+        except ValueError as e:
+            if not str(e).startswith("The plan keeps what is named"):
+                raise
+            raise ConfigError(f"memory.plan {config.memory.plan!r}: {e}") from None
+        return Program(devices, make_model, start, skeleton, shapes, lowered)
 
     def compile(self) -> Any:
         """The step, compiled for the devices."""

@@ -65,7 +65,7 @@ class Report:
                 bad = [i for i in range(len(counts)) if counts[i]]
                 if bad:
                     # An error spreads in the direction of its pass: towards the first layer where streams are inverted.
-                    first = bad[-1] if counts is wrong and stack.plan == "nothing" else bad[0]
+                    first = bad[-1] if counts is wrong and stack.reverses else bad[0]
                     lines.append(
                         f"{path or 'stack'}: the stream {what} in {len(bad)} of {len(counts)} branches, first in "
                         f"{stack.names[first]} ({counts[first]:.0f} {unit}; largest |x| {max_abs.max():.4g}). {advice}"

@@ -126,7 +126,8 @@ class ReversibleStack(nnx.Module):
             )
         if not self.coupling.reversible and any(isinstance(keep, Reverse) for keep in keeps):
             raise ValueError(
-                f"{type(self.coupling).__name__} has no inverse, so plan 'nothing' cannot rebuild its streams. "
+                f"{type(self.coupling).__name__} has no inverse, so plans 'nothing' and 'attention' cannot rebuild its "
+                "streams. "
                 "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
             )
 
@@ -134,6 +135,11 @@ class ReversibleStack(nnx.Module):
     def lengths(self) -> tuple[int, ...]:
         """The repeats of each run."""
         return tuple(_length(branches[0]) for branches in self.runs)
+
+    @property
+    def reverses(self) -> bool:
+        """Whether streams of a run are rebuilt by the inverse."""
+        return any(isinstance(keep, Reverse) for keep in for_runs(self.plan, len(self.runs)))
 
     @property
     def names(self) -> list[str]:
@@ -176,8 +182,7 @@ class ReversibleStack(nnx.Module):
         given = self._arguments(x, key, context, cache, coupling, side)
         evaluated = self.coupling.reversible and not given["coupling"].reversible
         if plan is None:  # an ensemble that is evaluated is an ordinary network, without an inverse
-            reverses = any(isinstance(keep, Reverse) for keep in for_runs(self.plan, len(self.runs)))
-            plan = "inputs" if evaluated and reverses else self.plan
+            plan = "inputs" if evaluated and self.reverses else self.plan
         return reversible_scan(**given, plan=plan, canary=self.canary[...], constrain=self.constrain)
 
     def reconstruction_error(self, x, *, key=None, context=None, coupling=None, **side) -> jax.Array:

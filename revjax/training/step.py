@@ -18,7 +18,7 @@ from flax import nnx
 
 from ..models.gradients import value_and_grad
 from .loss_scale import next_loss_scale
-from .norms import global_norm
+from .norms import KnownNorm, global_norm
 from .spikes import find_spike
 from .state import Nested, Skeleton, TrainState, to_nested
 
@@ -85,7 +85,9 @@ def make_train_step(
             trouble |= spike
         refuse = (trouble & (on_trouble != "warn")) | (~is_finite if state.loss_scale else False)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, known_norm=KnownNorm(grads, grad_norm)
+        )
         params = optax.apply_updates(state.params, updates)
         follow = lambda mean, new: mean + (1 - (ema_decay or 0.0)) * (new - mean)
         ema = jax.tree.map(follow, state.ema, params) if state.ema else {}

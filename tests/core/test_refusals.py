@@ -99,8 +99,14 @@ def test_a_coupling_without_inverse_needs_a_plan():
 
 
 def test_a_name_that_no_value_has_is_an_error():
-    with pytest.raises(ValueError, match="no function of the run names anything so"):
+    with pytest.raises(ValueError, match="no function of this run names anything so"):
         total(plan="attention")
+    named = jax.ad_checkpoint.checkpoint_name
+    one = lambda w, x, tape=None: (named(x, "n") @ w if tape is None else x @ w, {"tape": jnp.int32(0)})
+    with pytest.raises(ValueError, match="must name the same values with and without `tape=`"):
+        total(run=Run(one, W), plan=core.Reverse(("n",)))
+    constant = lambda w, x: named(x @ w, "n") * named(2.0, "n")
+    assert jnp.isfinite(total(run=Run(constant, W), plan=core.Reverse(("n",))))
     with pytest.raises(TypeError, match="names must be a tuple of strings, but got 'attention'"):
         core.Reverse("attention")
 

@@ -23,6 +23,7 @@ from revjax.training import (
     split,
     step_compiler_options,
 )
+from revjax.training.norms import KnownNorm, global_norm
 
 CONFIG = DecoderConfig(d_model=32, num_layers=2, num_heads=2, dtype="float32")
 
@@ -107,6 +108,32 @@ def test_a_step_holds_one_copy_of_the_gradients():
     one_copy = sum(4 * p.size for p in jax.tree.leaves(params))
     assert one_copy < temporary(optimizer) < 1.25 * one_copy
     assert temporary(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))) > 1.5 * one_copy
+
+
+def test_a_part_of_the_gradients_is_clipped_by_its_own_norm():
+    """The step tells the norm of all; where others are frozen, or all were scaled, that is not the one to clip by."""
+    config = OptimizerConfig(name="sgd", momentum=0.0, weight_decay=0.0, warmup_steps=0, learning_rate=1.0)
+    schedule = lambda count: 1.0
+    params = {"trained": jnp.zeros(2), "frozen": jnp.zeros(2)}
+    grads = {"trained": jnp.array([3.0, 4.0]), "frozen": jnp.array([3e3, 4e3])}
+    labels = {"trained": "t", "frozen": "f"}
+    clipped = make_optimizer(config, schedule)
+    frozen = optax.partition({"t": clipped, "f": optax.set_to_zero()}, labels)
+    known = KnownNorm(grads, global_norm(grads))
+    for optimizer in (clipped, frozen, optax.chain(optax.scale(2.0), clipped)):
+        optimizer = optax.with_extra_args_support(optimizer)
+        state = optimizer.init(params)
+        told, _ = optimizer.update(grads, state, params, known_norm=known)
+        found, _ = optimizer.update(grads, state, params)
+        np.testing.assert_allclose(told["trained"], found["trained"], rtol=1e-6)
+    told, _ = optax.with_extra_args_support(frozen).update(grads, frozen.init(params), params, known_norm=known)
+    np.testing.assert_allclose(told["trained"], [-0.6, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (5,), (3, 200, 100), (40, 3, 3)])
+def test_the_norm_of_all_gradients_is_the_norm(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    np.testing.assert_allclose(global_norm({"x": x}), np.sqrt(np.sum(np.square(x, dtype=np.float64))), rtol=1e-5)
 
 
 def test_compiled_with_its_options_a_step_copies_no_moments_and_gives_the_same_bits(decoder):
