@@ -2,23 +2,10 @@
 
 import dataclasses
 import random
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from ..memory import step_cost, temp_bytes
-from ..models import Decoder, DecoderConfig, num_params
-from ..training import (
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    split,
-    step_compiler_options,
-)
+from ..memory import step_cost
+from ..models import DecoderConfig
+from .memory import step_temp_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,17 +50,8 @@ def draw(seed: int, n: int) -> list[CostConfig]:
 
 def cost(config: CostConfig) -> dict[str, float | str]:
     """Temporary bytes of a training step with AdamW: counted, compiled, and how far the count is off."""
-    decoder = config.decoder()
-    model = nnx.eval_shape(lambda: Decoder(decoder, plan=config.plan, rngs=nnx.Rngs(0)))
-    size = num_params(model)
-    skeleton, params = split(model)
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
-    rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
-    step = make_train_step(skeleton, _next_token_loss, optimizer)
-    options = step_compiler_options(jax.default_backend())
-    compiled = temp_bytes(step, state, rows, donate_argnums=0, compiler_options=options)
-    shape = (config.batch_size, config.sequence_length)
+    decoder, shape = config.decoder(), (config.batch_size, config.sequence_length)
+    compiled, size = step_temp_bytes(decoder, *shape, config.plan)
     counted = step_cost(decoder, *shape, plan=config.plan, num_params=size, state_bytes=0)
     return {
         "highest": counted.highest,
@@ -82,7 +60,3 @@ def cost(config: CostConfig) -> dict[str, float | str]:
         "gradients": 4 * size,
         "off": counted.bytes / compiled - 1,
     }
-
-
-def _next_token_loss(model: Any, rows: jax.Array, key: jax.Array | None):
-    return model.loss(rows[:, :-1], rows[:, 1:], key=key)

@@ -84,24 +84,33 @@ class TrainStepConfig(MemoryConfig):
 def train_step(config: TrainStepConfig) -> dict[str, int | str]:
     """Temporary bytes of the step, beside those of the gradient alone and of one copy of the parameters.
 
-    The state is donated: new parameters and moments take the place of the old ones. The step is over in
-    `temporary - gradient` by what the optimizer holds at its peak: gradients, and updates on their way.
+    The state is donated: new parameters and moments take the place of the old ones. The gradient alone may use the
+    room of its results, which in the step are temporary.
     """
-    model = nnx.eval_shape(lambda: Decoder(config.decoder(), rngs=nnx.Rngs(0)))
-    skeleton, params = split(model)
+    shape = (config.batch_size, config.sequence_length)
+    temporary, num_params = step_temp_bytes(config.decoder(), *shape)
+    return dataclasses.asdict(config) | {
+        "temporary": temporary,
+        "gradient": activation_memory(config.decoder(), *shape)["reversible"],
+        "parameters": 4 * num_params,
+    }
+
+
+def step_temp_bytes(
+    decoder: DecoderConfig, batch_size: int, sequence_length: int, plan: str = "nothing"
+) -> tuple[int, int]:
+    """Temporary bytes of a compiled training step with AdamW, and how many parameters it has."""
+    skeleton, params = split(nnx.eval_shape(lambda: Decoder(decoder, plan=plan, rngs=nnx.Rngs(0))))
     optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
-    rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
+    rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32)
 
     def loss(model, rows, key):
         return model.loss(rows[:, :-1], rows[:, 1:], key=key)
 
     step, options = make_train_step(skeleton, loss, optimizer), step_compiler_options(jax.default_backend())
-    return dataclasses.asdict(config) | {
-        "temporary": temp_bytes(step, state, rows, donate_argnums=0, compiler_options=options),
-        "gradient": activation_memory(config.decoder(), config.batch_size, config.sequence_length)["reversible"],
-        "parameters": sum(4 * p.size for p in jax.tree.leaves(params)),
-    }
+    found = temp_bytes(step, state, rows, donate_argnums=0, compiler_options=options)
+    return found, sum(p.size for p in jax.tree.leaves(params))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
                  sum    one checksum for each f and row (L, B)
                  end    the streams after it, unless the next run's backward pass rebuilds them
       inputs     start  the streams before every k-th layer (L / k, ...)
-                 sum
+                 end_sum  one checksum of the stream after each f
       all        vjp    every activation (L, ...)
     and for `nothing` and `inputs` the tape of each f that has one.
     """

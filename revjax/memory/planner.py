@@ -80,7 +80,8 @@ def search(
 ) -> Found:
     """Returns the fastest candidate whose measured bytes are at most `budget`.
 
-    Tried are those that by prediction no other one beats in both time and bytes.
+    Tried are those that by prediction no other one beats in both time and bytes; one that fits though its prediction,
+    or another of its plan, said otherwise is not found.
 
     Args:
       measure: compiles a choice and returns its bytes.

@@ -3,41 +3,21 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
 
-from revjax.memory import step_cost, temp_bytes
-from revjax.models import Decoder, DecoderConfig
-from revjax.training import (
-    OptimizerConfig,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_train_step,
-    split,
-    step_compiler_options,
-)
+from revjax.benchmarking.memory import step_temp_bytes
+from revjax.memory import step_cost
+from revjax.models import DecoderConfig
 
 CONFIG = DecoderConfig(num_layers=6, d_model=192, num_heads=6, loss_tile=256)
-
-
-def compiled_and_counted(config, rows, length, plan):
-    skeleton, params = split(nnx.eval_shape(lambda: Decoder(config, plan=plan, rngs=nnx.Rngs(0))))
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
-    loss = lambda model, rows, key: model.loss(rows[:, :-1], rows[:, 1:], key=key)
-    step, batch = make_train_step(skeleton, loss, optimizer), jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
-    options = step_compiler_options(jax.default_backend())
-    compiled = temp_bytes(step, state, batch, donate_argnums=0, compiler_options=options)
-    size = sum(p.size for p in jax.tree.leaves(params))
-    return compiled, step_cost(config, rows, length, plan=plan, num_params=size, state_bytes=0)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counted in profiles of CPU programs")
 @pytest.mark.parametrize("plan, dtype", [("nothing", "bfloat16"), ("attention", "float32"), ("all", "bfloat16")])
 def test_counted_bytes_are_near_those_of_the_compiled_step(plan, dtype):
-    compiled, cost = compiled_and_counted(dataclasses.replace(CONFIG, dtype=dtype), 2, 1024, plan)
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    compiled, size = step_temp_bytes(config, 2, 1024, plan)
+    cost = step_cost(config, 2, 1024, plan=plan, num_params=size, state_bytes=0)
     assert 0.9 * compiled < cost.bytes < 1.1 * compiled
 
 
