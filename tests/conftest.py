@@ -2,6 +2,9 @@
 
 Eight CPU devices let a sharding test run where it stands. They cost a test on one device nothing (7.3 s against
 7.2 s for the reconstruction tests of 96 layers, on two cores), and neither did one thread per operation gain any.
+
+Many tests compile the same small programs: each is compiled once, and kept in a folder of the session's own that all
+workers and the processes that they start share.
 """
 
 import atexit
@@ -12,12 +15,18 @@ import tempfile
 import jax
 import pytest
 
-_caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
-atexit.register(_caches.cleanup)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has those of the process that started it
+    _caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
+    atexit.register(_caches.cleanup)
+    os.environ["XDG_CACHE_HOME"] = _caches.name
+for name, value in {
+    "jax_compilation_cache_dir": os.path.join(os.environ["XDG_CACHE_HOME"], "programs"),
+    "jax_compilation_cache_max_size": 2**31,  # a limit brings locks
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+}.items():
+    os.environ[name.upper()] = str(value)  # of processes that tests start
+    jax.config.update(name, value)
 os.environ["REVJAX__MESH__DATA"] = "1"  # of commands: a run is on one device where nothing is said of more
-os.environ["XDG_CACHE_HOME"] = _caches.name
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of processes that tests start
-jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -204,6 +204,25 @@ def test_a_plan_fits_its_budget_and_the_smallest_budget_is_told(tmp_path, capsys
     assert re.search(r"^> .*compiled", out, re.M) and "--memory.plan=" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what, field", [("context", "data.sequence_length"), ("layers", "model.num_layers")])
+def test_the_longest_context_and_the_deepest_model_for_a_budget(capsys, what, field):
+    words = ["plan", TINY, f"--maximize={what}", "--budget=12MB", "--hardware=h100"]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"]["compiled"] and 11e6 < found["chosen"]["bytes"] <= found["budget"] == 12_000_000
+    config = load(experiment.RunConfig, [TINY], [f"--{name}={value}" for name, value in found["settings"].items()])
+    assert getattr(getattr(config, field.partition(".")[0]), field.partition(".")[2]) == int(found["settings"][field])
+
+
+def test_what_cannot_be_maximized_is_one_message(capsys):
+    assert "There is no size 'depth'." in message_of(capsys, ["plan", TINY, "--maximize=depth", "--budget=1GB"])
+    assert "needs a budget in bytes" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--budget=balanced"])
+    assert "There is no hardware 'h20'. Did you mean 'h200'" in message_of(capsys, ["plan", TINY, "--hardware=h20"])
+    assert cli.main(["plan", TINY, "--maximize=layers", "--budget=50kB"]) == 2
+    assert "\nerror: Nothing fits into 50 kB: the least" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("budget", ["40gigs", "-1GB", "0", "most"])
 def test_a_budget_that_is_none_is_one_message(capsys, budget):
     assert f"The budget {budget!r}: Bytes" in message_of(capsys, ["plan", TINY, f"--budget={budget}"])
@@ -306,6 +325,7 @@ def test_only_a_terminal_gets_control_characters_as_escapes(monkeypatch):
         assert shown(text) == text
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_control_characters_does_not_garble_a_terminal(tmp_path):
     """A run whose prompt has one stands for a model that writes one."""
     words = [TINY, f"--run.folder={tmp_path}", "--training.steps=1", "--training.sample_prompt=a\x1b[2J"]

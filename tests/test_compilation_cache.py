@@ -22,7 +22,7 @@ jax.jit(lambda x: x * 2 + 1)(3.0)
 
 def start(argument, home, **environ):
     environ = (
-        os.environ
+        {name: value for name, value in os.environ.items() if "_CACHE_" not in name}
         | {
             "XDG_CACHE_HOME": str(home),
             "JAX_ENABLE_COMPILATION_CACHE": "true",

@@ -94,6 +94,7 @@ def test_eight_devices_see_the_data_of_one_and_come_to_its_parameters(runs):
     np.testing.assert_allclose(*held_out, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_announced_of_memory_is_of_each_device(text, tmp_path):
     said = experiment.announce(experiment.build(configure(text, tmp_path, "many", *MANY), dry=True))
     alone = experiment.announce(experiment.build(configure(text, tmp_path, "one", *ONE), dry=True))

@@ -15,6 +15,8 @@ from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
 from .gradients import GradientsConfig, gradients
 from .loop import LoopConfig, loop
 from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
+from .peers import PEERS, PeerConfig, peer
+from .planning import PlanningConfig, planning
 from .rivals import rival, ways
 from .speed import SpeedConfig, speed
 
@@ -64,7 +66,40 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
             for n in (12, 48)
         ],
     ),
+    "context": (
+        memory,
+        [
+            MemoryConfig(num_layers=12, d_model=256, sequence_length=t, batch_size=1, vocab_size=8192)
+            for t in (4096, 16_384, 65_536, 131_072)
+        ],
+    ),
     "cost": (cost, draw(seed=20_261_125, n=24)),
+    "planner": (
+        planning,
+        [
+            PlanningConfig(**_WIDE, vocab_size=256, dtype="bfloat16"),
+            PlanningConfig(**_WIDE, vocab_size=8192, dtype="float32"),
+            PlanningConfig(
+                num_layers=12, d_model=128, sequence_length=4096, batch_size=2, vocab_size=8192, dtype="bfloat16"
+            ),
+            PlanningConfig(
+                num_layers=48,
+                d_model=128,
+                sequence_length=256,
+                batch_size=8,
+                vocab_size=256,
+                dtype="bfloat16",
+                coupling="near-residual:1",
+            ),
+        ],
+    ),
+    "peers": (
+        peer,
+        [
+            PeerConfig(peer=name, num_layers=12, d_model=256, sequence_length=512, batch_size=4)
+            for name in ("revjax", *PEERS)
+        ],
+    ),
     "rivals": (
         rival,
         [
@@ -93,7 +128,10 @@ ABOUT = {
     "attention": "bytes of blockwise attention at three lengths (a minute)",
     "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
+    "context": "bytes of the gradient beside jax.checkpoint and stored, by the length of the context (two minutes)",
     "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",
+    "planner": "what the planner would choose for 20 budgets, beside the fastest steps that fit (half an hour)",
+    "peers": "time and memory beside reversible libraries of PyTorch; installs them (half an hour)",
     "rivals": "every plan beside every form of jax.checkpoint, memory and time in pairs (half an hour)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
     "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",

@@ -1,4 +1,4 @@
-"""`revjax plan [CONFIG.yaml ...] --budget=40GiB [--section.field=value ...] [--json] [--plot=FILE.png]`."""
+"""`revjax plan [CONFIG.yaml ...] --budget=40GiB [--maximize=context] [--hardware=h200] [--json] [--plot=FILE.png]`."""
 
 import json
 import pathlib
@@ -7,10 +7,13 @@ from .. import experiment
 from ..config import help_text, load
 from ..errors import ConfigError
 from ..logging import setup
-from ..memory import plot_plans
+from ..memory import HARDWARE, plot_plans
 from .words import leading_names, take
 
-USAGE = "revjax plan [CONFIG.yaml ...] --budget=40GiB [--section.field=value ...] [--json] [--plot=FILE.png]"
+USAGE = (
+    "revjax plan [CONFIG.yaml ...] --budget=40GiB [--maximize=context|layers|batch] [--hardware=h200] "
+    "[--section.field=value ...] [--json] [--plot=FILE.png]"
+)
 DESCRIPTION = f"""{USAGE}
 
 Finds the fastest training step of the config that fits into a budget of memory: what the backward pass keeps, into
@@ -18,7 +21,11 @@ how many micro-batches a batch is cut, and the tiles of loss and MLP. Steps are 
 is allocated, and nothing is trained.
 
 The budget is of one device and for everything: 40GiB, 500MB; a part of the device, 0.5; auto, most of the device;
-aggressive, as little as can be; balanced, where less memory begins to cost much more time."""
+aggressive, as little as can be; balanced, where less memory begins to cost much more time.
+
+--maximize asks the other way round: the longest context, the deepest model or the largest batch for the budget.
+--hardware is the device that is meant, where it is not this one: {", ".join(HARDWARE)}. Its memory and speed are known
+from data sheets; programs are compiled for the device that is here, so bytes are an estimate of those there."""
 
 
 def plan(argv: list[str]) -> int:
@@ -28,11 +35,19 @@ def plan(argv: list[str]) -> int:
         print(help_text(experiment.RunConfig, prog="revjax plan", description=DESCRIPTION))
         return 0
     as_json = take(words, "--json")
-    given = {name: _take_value(words, name) for name in ("--budget", "--plot")}
+    given = {name: _take_value(words, name) for name in ("--budget", "--maximize", "--hardware", "--plot")}
     setup()
     config = load(experiment.RunConfig, paths, words)
-    found = experiment.plan(config, given["--budget"] or config.memory.budget or "auto")
-    print(json.dumps(experiment.plan_json(config, found)) if as_json else experiment.describe_plan(config, found))
+    experiment.use_compilation_cache(config.run.compilation_cache)
+    budget, what = given["--budget"] or config.memory.budget or "auto", given["--maximize"]
+    if what is None:
+        sizes, found = {}, experiment.plan(config, budget, given["--hardware"])
+    else:
+        config, found, sizes = experiment.largest(config, what, budget, given["--hardware"])
+    if as_json:
+        print(json.dumps(experiment.plan_json(config, found, sizes)))
+    else:
+        print(experiment.describe_plan(config, found, sizes))
     if given["--plot"]:
         try:
             path = plot_plans(found, pathlib.Path(given["--plot"]).expanduser(), title=config.run.name)

@@ -49,6 +49,7 @@ class Program:
     start: Callable[[dict[str, Any]], TrainState]  # from parameters
     skeleton: Skeleton
     shapes: TrainState  # without values, but with shardings
+    batch: dict[str, jax.ShapeDtypeStruct]
     lowered: Any  # the jitted step
 
     @staticmethod
@@ -89,7 +90,7 @@ class Program:
             if not str(e).startswith("The plan keeps what is named"):
                 raise
             raise ConfigError(f"memory.plan {config.memory.plan!r}: {e}") from None
-        return Program(devices, make_model, start, skeleton, shapes, lowered)
+        return Program(devices, make_model, start, skeleton, shapes, batch, lowered)
 
     def compile(self) -> Any:
         """The step, compiled for the devices."""
@@ -101,3 +102,10 @@ class Program:
             return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
         params = parameters_of(start_from, self.shapes.params, tokenizer)
         return self.devices.make(self.start, self.shapes, params)
+
+
+def bytes_of_step(compiled: Any) -> int:
+    """The bytes of everything on one device while a compiled step runs: state, batch, and what it makes meanwhile."""
+    analysis = compiled.memory_analysis()
+    beside = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return beside + analysis.temp_size_in_bytes

@@ -20,7 +20,7 @@ from ..core.plan import All, Inputs, Reverse, parse
 from ..models import DecoderConfig, hardware_flops_per_token
 from ..nn.blocks import choose_blocks
 
-# FLOPs in the time that one byte takes from memory. Data sheets of accelerators are between 150 and 300.
+# FLOPs in the time that one byte takes from memory, where nothing is known of the device (see `devices.HARDWARE`).
 _BALANCE = {"cpu": 10.0}
 _DEFAULT_BALANCE = 250.0
 
@@ -61,11 +61,13 @@ def step_cost(
     accumulation: int = 1,
     num_params: int,
     state_bytes: int,
+    balance: float | None = None,
 ) -> Cost:
     """The cost of a step on `batch_size` rows of one device, cut into `accumulation` micro-batches.
 
     Args:
       num_params, state_bytes: of the parameters, and of them with the optimizer's arrays.
+      balance: FLOPs that the device does in the time that a byte takes; None: as of the devices that are here.
     """
     rows = -(-batch_size // accumulation)
     sizes = Sizes(config, rows, sequence_length)
@@ -79,7 +81,9 @@ def step_cost(
     }
     if accumulation > 1:  # the sum over micro-batches, beside the gradients of one
         moments = {name: n + 4 * num_params * (name != "update") for name, n in moments.items()}
-    time = _time(config, batch_size, sequence_length, plan, accumulation, num_params)
+    flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params)
+    balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
+    time = flops + balance * moved
     return Cost(state_bytes, moments, kept, time)
 
 
@@ -259,8 +263,10 @@ def _manner(plan: str) -> str:
     return "stored"
 
 
-def _time(config, batch_size: int, sequence_length: int, plan: str, accumulation: int, num_params: int) -> float:
-    """FLOPs of a step, and the bytes of parameters and their gradients that it moves, in FLOPs."""
+def _work(
+    config: DecoderConfig, batch_size: int, sequence_length: int, plan: str, accumulation: int, num_params: int
+) -> tuple[float, float]:
+    """FLOPs of a step, and the bytes of parameters and their gradients that it moves."""
     tokens = batch_size * sequence_length
     per_token = hardware_flops_per_token(config, sequence_length, plan)
     passes = 2 if plan == "all" else 3  # over the parameters: forward, again, backward
@@ -271,5 +277,4 @@ def _time(config, batch_size: int, sequence_length: int, plan: str, accumulation
         chunks = math.ceil(sequence_length / config.mlp_chunk)
         kernels = (3 if config.gated else 2) * config.d_model * config.mlp_width
         moved += accumulation * config.num_layers * (chunks - 1) * kernels * (3 * 2 + 2 * 4)
-    balance = _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
-    return tokens * per_token + balance * moved
+    return tokens * per_token, moved

@@ -1,6 +1,7 @@
 """The fastest plan that fits: what is kept for the backward pass, and how a batch is cut, for a number of bytes.
 
-    search   candidates in the order of their predicted time; the first whose compiled step fits is chosen
+    search    candidates in the order of their predicted time; the first whose compiled step fits is chosen
+    largest   the other way round: how long a context, how many layers or rows a budget allows
 
 Predictions say what to try and in which order; what is believed is the compiled program. What one program took says
 how far predictions for its kind (the same plan) are off, so that few are compiled.
@@ -10,14 +11,7 @@ Nothing is known here of models or of training: candidates come with predictions
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{binary}B": (1024 if binary else 1000) ** power
-    for power, letter in enumerate("kMGT", start=1)
-    for binary in ("", "i")
-}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -107,24 +101,36 @@ def search(
     return Found(chosen, tuple(known.values()), budget)
 
 
-def parse_bytes(text: str) -> int:
-    """Reads "40GiB", "8 GB", "500MB", "1e9".
+def largest(bytes_of: Callable[[int], int], budget: int, *, start: int, unit: int = 1) -> tuple[int, int] | None:
+    """Returns the largest size whose step fits a budget, to a part in 32, and the bytes of that step; or None.
 
-    Raises `ValueError` for a unit that is not one, and for what is not above 0.
-
-    >>> parse_bytes("1.5GiB")
-    1610612736
+    Args:
+      bytes_of: compiles the step of a size and returns its bytes, which grow with the size, nearly on a line.
+      start: a size to begin with.
+      unit: sizes are multiples of it.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    units = {name.lower(): factor for name, factor in _UNITS.items()}
-    try:
-        number, unit = float(match[1]), match[2]  # pyright: ignore[reportOptionalSubscript]
-        found = number * units[unit.lower()]
-    except (TypeError, ValueError, KeyError):
-        raise ValueError(f"Bytes are written as 40GiB, 8GB, 500MB or 1e9, but got {text!r}.") from None
-    if not 0 < found < math.inf:
-        raise ValueError(f"Bytes must be above 0, but got {text!r}.")
-    return int(found)
+    known: dict[int, int] = {}
+    size = max(start // unit, 1)
+    while True:
+        known[size] = bytes_of(size * unit)
+        fits = max((n for n, needed in known.items() if needed <= budget), default=0)
+        fails = min((n for n, needed in known.items() if needed > budget), default=None)
+        near = max(fits // 32, 1)
+        if fails is not None and fails - fits <= near:
+            return (fits * unit, known[fits]) if fits else None
+        highest = 8 * fits if fails is None else fails - 1
+        guess = _on_the_line(known, budget)
+        if fails is not None and len(known) % 3 == 0:  # a line alone may come closer from one side only
+            guess = math.isqrt(max(fits, 1) * fails)
+        size = min(max(guess, fits + near), highest)
+
+
+def _on_the_line(known: dict[int, int], budget: int) -> int:
+    """The size at which a line through the two nearest known ones meets the budget."""
+    (n, needed), *more = sorted(known.items(), key=lambda x: abs(x[1] - budget))
+    other, needed_there = more[0] if more else (0, 0)
+    slope = (needed - needed_there) / (n - other)
+    return n + int((budget - needed) // slope) if slope > 0 else n
 
 
 def knee(candidates: Sequence[Candidate]) -> Candidate:

@@ -42,6 +42,7 @@ def study(tmp_path):
     return tmp_path / "study.yaml"
 
 
+@pytest.mark.slow
 def test_a_study_is_trained_once_and_reported_by_paired_seeds(study, capsys):
     assert cli.main(["compare", str(study)]) == 0
     out = capsys.readouterr().out

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
+import pytest
 
 from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, run_suite
 from revjax.benchmarking.cost import cost, draw
 from revjax.benchmarking.gradients import distance, unequal
 from revjax.benchmarking.memory import AttentionConfig, TrainStepConfig, attention, train_step
+from revjax.benchmarking.peers import PeerConfig, peer
+from revjax.benchmarking.planning import PlanningConfig, planning
 from revjax.benchmarking.rivals import rival, ways
 from revjax.cli import main
+from revjax.errors import RevjaxError
 from revjax.memory import RIVALS
 
 TINY = MemoryConfig(num_layers=2, d_model=64, sequence_length=16, batch_size=1)
@@ -37,6 +42,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(cap
     assert "x/memory.jsonl: Not a directory. Give another folder: --folder=" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gradients_are_compared_with_the_stored_run_and_its_own_floor():
     sizes = dict(num_layers=2, d_model=32, sequence_length=16, batch_size=1)
     row = gradients(GradientsConfig(coupling="near-residual:1", dtype="bfloat16", **sizes))
@@ -45,6 +51,7 @@ def test_gradients_are_compared_with_the_stored_run_and_its_own_floor():
     assert unequal(a, b) == 0.5 and distance(a, b) > 0.4
 
 
+@pytest.mark.slow
 def test_every_way_to_a_gradient_is_measured_and_counted_costs_stand_beside_compiled_ones():
     shape = dict(num_layers=4, d_model=64, sequence_length=64, batch_size=1, vocab_size=64, dtype="float32")
     rows = {config.way: rival(dataclasses.replace(config, pairs=1)) for config in ways(**shape)}
@@ -56,8 +63,31 @@ def test_every_way_to_a_gradient_is_measured_and_counted_costs_stand_beside_comp
     assert row["off"] == row["counted"] / row["compiled"] - 1 and row["gradients"] < row["compiled"]
 
 
+@pytest.mark.slow
 def test_a_training_step_holds_more_than_its_gradient_and_attention_grows_with_its_length():
     row = train_step(TrainStepConfig(num_layers=2, d_model=64, sequence_length=16, batch_size=1))
     assert row["temporary"] > row["parameters"] > 0
     short, long = (attention(AttentionConfig(sequence_length=t))["temporary"] for t in (1024, 2048))
     assert short < long < 3 * short
+
+
+@pytest.mark.slow
+def test_what_a_planner_would_choose_stands_beside_the_fastest_step_that_fits():
+    sizes = dict(num_layers=2, d_model=32, sequence_length=32, batch_size=2, vocab_size=64, dtype="float32")
+    row = planning(PlanningConfig(**sizes, steps=3, budgets=4, pairs=1))
+    assert 0 <= row["mean_regret"] <= row["worst_regret"] and 1 <= row["most_compiled"] <= 3
+    assert len(row["steps"]) == 3 and all(step["bytes"] > 0 and step["time"] > 0 for step in row["steps"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
+def test_a_process_of_revjax_alone_tells_its_time_its_growth_and_its_error():
+    shape = dict(num_layers=2, d_model=64, sequence_length=256, batch_size=1, repeats=1, turns=1)
+    row = peer(PeerConfig(peer="revjax", **shape))
+    streams = 256 * 64 * 4
+    assert row["bytes"] > 4 * streams and row["seconds"] > 0 and row["error"] == 0
+
+
+def test_a_peer_that_fails_says_why():
+    with pytest.raises(RevjaxError, match="revjax failed: (?s:.*)num_layers must be at least 1"):
+        peer(PeerConfig(peer="revjax", num_layers=0, d_model=64, sequence_length=8, batch_size=1))

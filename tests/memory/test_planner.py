@@ -2,7 +2,8 @@
 
 import pytest
 
-from revjax.memory import Candidate, Choice, knee, parse_bytes, search
+from revjax.errors import ConfigError
+from revjax.memory import HARDWARE, Candidate, Choice, budget_bytes, knee, largest, parse_bytes, search
 
 MB = 1_000_000
 
@@ -57,6 +58,27 @@ def test_the_knee_is_where_saving_memory_begins_to_cost_time():
     assert knee(frontier[:1]) is frontier[0]
 
 
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("start, unit", [(1, 1), (48, 1), (100_000, 1), (512, 128)])
+@pytest.mark.parametrize("most", [1, 2, 31, 32, 33, 1000, 54_321])
+def test_the_largest_size_that_fits_is_found_to_a_part_in_32_with_few_programs(power, start, unit, most):
+    tried = []
+
+    def bytes_of(size):
+        tried.append(size)
+        return 100 * MB + int(MB * (size / unit) ** power)
+
+    budget = 100 * MB + int(MB * most**power)
+    size, needed = largest(bytes_of, budget, start=start, unit=unit)
+    assert size % unit == 0 and needed == bytes_of(size) <= budget
+    assert size <= most * unit < size * (1 + 1 / 32) + unit
+    assert len(set(tried)) <= 14
+
+
+def test_no_size_fits_where_the_smallest_does_not():
+    assert largest(lambda size: 100 * MB + size, 100 * MB, start=4096, unit=128) is None
+
+
 @pytest.mark.parametrize(
     "text, bytes",
     [("40GiB", 40 * 2**30), ("8 GB", 8 * 10**9), ("500mb", 500 * 10**6), ("1.5kib", 1536), ("1e9", 10**9), ("7", 7)],
@@ -69,3 +91,11 @@ def test_bytes_are_read_with_their_units(text, bytes):
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(ValueError, match="40GiB|above 0"):
         parse_bytes(text)
+
+
+def test_a_budget_may_be_a_part_of_a_device_that_is_not_here():
+    assert budget_bytes("auto", "h200") == int(0.9 * HARDWARE["h200"].bytes)
+    assert budget_bytes("0.5", "H100") == HARDWARE["h100"].bytes // 2
+    assert budget_bytes("8GB", "h100") == 8 * 10**9
+    with pytest.raises(ConfigError, match="no hardware 'h20'. Did you mean 'h200'"):
+        budget_bytes("auto", "h20")

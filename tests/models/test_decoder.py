@@ -175,6 +175,7 @@ def test_gradients_of_the_whole_decoder_equal_the_stored_run(name):
     assert jnp.linalg.norm(grads["nothing"][1] - grads["all"][1]) <= 1e-6 * jnp.linalg.norm(grads["all"][1])
 
 
+@pytest.mark.slow
 def test_the_rivals_are_the_same_network_as_the_ordinary_residual_coupling():
     model = make(VARIANTS["residual"])
     expected, gradient = jax.value_and_grad(mean_loss)(model, TOKENS)
@@ -229,6 +230,7 @@ def test_projections_into_the_stream_start_smaller_with_depth():
     assert abs(std(2) / std(32) - 4) < 0.4
 
 
+@pytest.mark.slow
 def test_96_layers_train():
     config = dataclasses.replace(TINY, num_layers=96, num_kv_heads=None, dtype="bfloat16")
     model = revjax.Decoder(config, rngs=nnx.Rngs(0))

@@ -1,0 +1,113 @@
+"""How good the planner's choices are: a few steps of a run compiled and timed, and what it would have chosen.
+
+    regret(budget) = time of the chosen step / time of the fastest that fits - 1
+
+Times are of one run of turns (see `speed.paired`), so that only their ratios count.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..data import ByteTokenizer, DataConfig
+from ..experiment import Devices, Program, RunConfig, bytes_of_step, candidates, with_choice
+from ..logging import get_logger
+from ..memory import Candidate, Choice, Found, search
+from ..models import DecoderConfig
+from ..sharding import MeshConfig
+from .speed import paired
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanningConfig:
+    """One run whose step is planned."""
+
+    num_layers: int
+    d_model: int
+    sequence_length: int
+    batch_size: int
+    vocab_size: int
+    dtype: str
+    coupling: str = "revnet"
+    steps: int = 12
+    budgets: int = 20
+    pairs: int = 3
+
+    def run(self) -> RunConfig:
+        model = DecoderConfig(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=max(1, self.d_model // 64),
+            vocab_size=self.vocab_size,
+            dtype=self.dtype,  # pyright: ignore[reportArgumentType]
+            coupling=self.coupling,
+        )
+        data = DataConfig(batch_size=self.batch_size, sequence_length=self.sequence_length)
+        return RunConfig(model=model, data=data, mesh=MeshConfig(data=1))
+
+
+def planning(config: PlanningConfig, *, seed: int = 0) -> dict[str, Any]:
+    """Measures steps that a planner may choose, and its regret over budgets between the least and the most bytes."""
+    run = config.run()
+    chosen = _some(list(candidates(run)), config.steps, seed)
+    base = _step(run, chosen[0].choice, seed)
+    measured: dict[Choice, tuple[int, float]] = {}
+    for i, candidate in enumerate(chosen):
+        get_logger(__name__).info("step %d of %d", i + 1, len(chosen))
+        needed, step = _step(run, candidate.choice, seed)
+        _, ratios = paired(step, base[1], config.pairs)
+        measured[candidate.choice] = needed, float(np.median(ratios))
+    bytes_of = {choice: needed for choice, (needed, _) in measured.items()}
+    budgets = np.geomspace(min(bytes_of.values()), max(bytes_of.values()), config.budgets).astype(int)
+    regrets, compiled = [], []
+    for budget in budgets:
+        tried: list[Choice] = []
+        found = search(chosen, int(budget), lambda choice, tried=tried: tried.append(choice) or bytes_of[choice])
+        assert found.chosen is not None and bytes_of[found.chosen.choice] <= budget
+        best = min(time for needed, time in measured.values() if needed <= budget)
+        regrets.append(measured[found.chosen.choice][1] / best - 1)
+        compiled.append(len(tried))
+    return {
+        "worst_regret": max(regrets),
+        "mean_regret": float(np.mean(regrets)),
+        "most_compiled": max(compiled),
+        "steps": [
+            dataclasses.asdict(c.choice)
+            | {"predicted": c.predicted, "bytes": measured[c.choice][0]}
+            | {"predicted_time": c.time / chosen[0].time, "time": measured[c.choice][1]}
+            for c in chosen
+        ],
+    }
+
+
+def _some(all_of_them: list[Candidate], n: int, seed: int) -> list[Candidate]:
+    """Those that no other one is predicted to beat, and others at random."""
+    frontier = Found(None, tuple(all_of_them), 0).frontier()
+    while len(frontier) > 2 * n // 3:
+        del frontier[len(frontier) // 2 :: 2]
+    others = sorted((c for c in all_of_them if c not in frontier), key=lambda c: c.choice.plan)
+    random.Random(seed).shuffle(others)
+    return [*frontier, *others[: n - len(frontier)]]
+
+
+def _step(run: RunConfig, choice: Choice, seed: int) -> tuple[int, Callable[[], None]]:
+    """Bytes of a step as compiled, and a function that takes one, on random tokens."""
+    run = with_choice(run, choice)
+    program = Program.of(run, Devices.of(run))
+    compiled = program.compile()
+    state = program.begin(None, ByteTokenizer())
+    keys = jax.random.split(jax.random.key(seed), len(program.batch))
+    tokens = {
+        name: jax.random.randint(key, shape.shape, 0, run.model.vocab_size if name == "tokens" else 1)
+        for key, (name, shape) in zip(keys, program.batch.items(), strict=True)
+    }
+
+    def step() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(compiled(state, tokens))
+
+    return bytes_of_step(compiled), step

@@ -1,0 +1,81 @@
+"""What a search for a plan came to, in words and as data."""
+
+import dataclasses
+from typing import Any
+
+from ..memory import Choice, Found
+from .config import RunConfig
+
+
+def settings(choice: Choice) -> dict[str, str]:
+    """What to write into a configuration, by field."""
+    return {
+        "memory.plan": choice.plan,
+        "memory.accumulation": str(choice.accumulation),
+        "model.loss_tile": str(choice.loss_tile),
+        "model.mlp_chunk": "null" if choice.mlp_chunk is None else str(choice.mlp_chunk),
+    }
+
+
+def describe_plan(config: RunConfig, found: Found, sizes: dict[str, str] | None = None) -> str:
+    """What was chosen and why, and its neighbours: plans that no other one beats in both time and memory.
+
+    `sizes` are settings of the config that were looked for too.
+    """
+    chosen, sizes = found.chosen, sizes or {}
+    assert chosen is not None
+    model, data = config.model, config.data
+    frontier = found.frontier()
+    shown = sorted({*frontier, chosen}, key=lambda c: (c.time, c.bytes))
+    fastest = shown[0].time
+    i = shown.index(chosen)
+    near = shown[max(i - 4, 0) : i + 5]
+    rows = [("", "plan", "micro-batches", "loss tile", "MLP chunk", "memory", "", "time")]
+    for c in near:
+        chunk = "-" if c.choice.mlp_chunk is None else f"{c.choice.mlp_chunk:,}"
+        how = "compiled" if c.measured is not None else "estimate"
+        cells = (c.choice.plan, str(c.choice.accumulation), f"{c.choice.loss_tile:,}", chunk, in_bytes(c.bytes), how)
+        rows.append((">" if c is chosen else "", *cells, f"{c.time / fastest:.2f}"))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    compiled = sum(c.measured is not None for c in found.candidates)
+    lines = {
+        "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.dtype}, coupling {model.coupling}; "
+        f"{data.batch_size} x {data.sequence_length:,} tokens",
+        "budget": f"{in_bytes(found.budget)} of a device, for everything: parameters, optimizer, step",
+        "looked at": f"{len(found.candidates)} plans, of which {compiled} compiled; memory of the others, and all "
+        "times (relative), are estimates",
+    }
+    text = [f"{name:<12} {line}" for name, line in lines.items()]
+    chosen_settings = " ".join(f"--{name}={value}" for name, value in (sizes | settings(chosen.choice)).items())
+    no_budget = " --memory.budget=null" if config.memory.budget is not None else ""
+    return "\n".join([*text, "", *table, "", f"{'set':<12} {chosen_settings}{no_budget}"])
+
+
+def plan_json(config: RunConfig, found: Found, sizes: dict[str, str] | None = None) -> dict[str, Any]:
+    """All candidates, and which one was chosen, for `json.dump`; arguments as of `describe_plan`."""
+    assert found.chosen is not None
+    row = lambda c: (
+        dataclasses.asdict(c.choice) | {"bytes": c.bytes, "compiled": c.measured is not None, "time": c.time}
+    )
+    return {
+        "run": config.run.name,
+        "budget": found.budget,
+        "chosen": row(found.chosen),
+        "settings": (sizes or {}) | settings(found.chosen.choice),
+        "candidates": [row(c) for c in found.candidates],
+    }
+
+
+def describe_choice(choice: Choice) -> str:
+    """ "plan nothing, 4 micro-batches, 128 tokens of logits"."""
+    chunk = "" if choice.mlp_chunk is None else f", {choice.mlp_chunk} tokens of the MLP"
+    several = f", {choice.accumulation} micro-batches" if choice.accumulation > 1 else ""
+    return f"plan {choice.plan}{several}, {choice.loss_tile} tokens of logits{chunk}"
+
+
+def in_bytes(n: float) -> str:
+    """ "40.3 MB"."""
+    if n < 1e6:
+        return f"{n / 1e3:.0f} kB"
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
