@@ -1,6 +1,7 @@
 """A mistake is one message, exit code 2 and nothing written; Ctrl-C leaves a checkpoint that loads."""
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
@@ -235,7 +236,14 @@ def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
     folder = tmp_path / "profiles" / "tiny"
     assert (folder / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "memory.json").read_text())["temp_bytes"] > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["profiles"]
+    assert [path.name for path in tmp_path.iterdir()] == ["profiles"] and len(list(folder.iterdir())) == 2
+    assert cli.main(["profile", TINY, f"--run.folder={tmp_path}", "--time"]) == 0
+    assert re.search(r"^time .* ms a step .*\n.*forward +backward +(loss +)?rest +all", capsys.readouterr().out, re.M)
+    times = json.loads((folder / "time.json").read_text())
+    assert {"attention", "MLP", "loss", "optimizer"} <= times["by_category"].keys()
+    assert times["by_category"]["attention"]["backward"] > 0 and "backward" not in times["by_category"]["optimizer"]
+    assert (folder / "time.png").read_bytes().startswith(b"\x89PNG")
+    assert "traceEvents" in json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
     (tmp_path / "file").write_text("")
     assert cli.main(["profile", TINY, f"--output={tmp_path}/file/x"]) == 2
     assert "Cannot write to" in capsys.readouterr().err

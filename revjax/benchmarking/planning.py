@@ -10,11 +10,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from ..data import ByteTokenizer, DataConfig
-from ..experiment import Devices, Program, RunConfig, bytes_of_step, candidates, with_choice
+from ..data import DataConfig
+from ..experiment import Devices, Program, RunConfig, bytes_of_step, candidates, stepper, with_choice
 from ..logging import get_logger
 from ..memory import Candidate, Choice, Found, search
 from ..models import DecoderConfig
@@ -99,15 +98,4 @@ def _step(run: RunConfig, choice: Choice, seed: int) -> tuple[int, Callable[[], 
     run = with_choice(run, choice)
     program = Program.of(run, Devices.of(run))
     compiled = program.compile()
-    state = program.begin(None, ByteTokenizer())
-    keys = jax.random.split(jax.random.key(seed), len(program.batch))
-    tokens = {
-        name: jax.random.randint(key, shape.shape, 0, run.model.vocab_size if name == "tokens" else 1)
-        for key, (name, shape) in zip(keys, program.batch.items(), strict=True)
-    }
-
-    def step() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(compiled(state, tokens))
-
-    return bytes_of_step(compiled), step
+    return bytes_of_step(compiled), stepper(run, compiled, program, seed)

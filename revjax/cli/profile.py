@@ -1,4 +1,4 @@
-"""`revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--output=FOLDER]`."""
+"""`revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]`."""
 
 import json
 import pathlib
@@ -7,17 +7,21 @@ from .. import experiment
 from ..config import help_text, load
 from ..errors import ConfigError
 from ..logging import setup
-from ..memory import plot_timeline, timeline
+from ..memory import OpTimes, op_times, plot_op_times, plot_timeline, timeline
 from .words import leading_names, take
 
-USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--output=FOLDER]"
+USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]"
 DESCRIPTION = f"""{USAGE}
 
 Says where the memory of the config's training step goes, from the buffers that XLA gives the compiled program on this
 machine: at the highest point by what they are for, the largest with the line of Python that they come from, and over
 the whole step as a picture. Nothing is allocated, and nothing is trained.
 
-The folder of --output (default: runs/profiles/NAME) gets memory.png and memory.json."""
+With --time it also takes four steps, on random tokens, and says where their time goes: by what it is for and by loop,
+and the longest operations with their line of Python. What is trained so is thrown away.
+
+The folder of --output (default: runs/profiles/NAME) gets memory.png and memory.json; with --time also time.png,
+time.json, and trace.json.gz, for ui.perfetto.dev or chrome://tracing."""
 
 
 def profile(argv: list[str]) -> int:
@@ -26,6 +30,7 @@ def profile(argv: list[str]) -> int:
     if take(settings, "-h", "--help"):
         print(help_text(experiment.RunConfig, prog="revjax profile", description=DESCRIPTION))
         return 0
+    with_time = take(settings, "--time")
     outputs = [word for word in settings if word.startswith("--output=")]
     setup()
     config = load(experiment.RunConfig, paths, [word for word in settings if word not in outputs])
@@ -42,7 +47,22 @@ def profile(argv: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         plot_timeline(found, folder / "memory.png", title=title)
         (folder / "memory.json").write_text(json.dumps(found.to_json()) + "\n")
+        if with_time:
+            times = _times(ready, folder / "trace.json.gz")
+            print(f"\n{experiment.describe_time(times)}")
+            plot_op_times(times, folder / "time.png", title=title)
+            (folder / "time.json").write_text(json.dumps(times.to_json()) + "\n")
     except OSError as e:
         raise ConfigError(f"Cannot write to {folder} (--output): {e.strerror}.") from None
-    print(f"{'results':<12} {folder}/: memory.png, memory.json")
+    files = ["memory.png", "memory.json"] + ["time.png", "time.json", "trace.json.gz"] * with_time
+    print(f"{'results':<12} {folder}/: {', '.join(files)}")
     return 0
+
+
+def _times(ready: experiment.Experiment, trace: pathlib.Path) -> OpTimes:
+    program = experiment.Program.of(ready.config, ready.devices)
+    step = experiment.stepper(ready.config, ready.train_step, program)
+    try:
+        return op_times(ready.train_step, step, trace=trace)
+    except ValueError as e:
+        raise ConfigError(f"There is no profile of time here: {e}") from None

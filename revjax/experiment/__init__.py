@@ -26,6 +26,7 @@ from .planning import with_choice as with_choice
 from .program import Program as Program
 from .program import bytes_of_step as bytes_of_step
 from .program import next_token_loss as next_token_loss
+from .program import stepper as stepper
 from .run import Result as Result
 from .run import run as run
 from .samples import read_prompts as read_prompts
@@ -38,4 +39,5 @@ from .trained import load_run as load_run
 from .versions import versions as versions
 from .words import announce as announce
 from .words import describe_memory as describe_memory
+from .words import describe_time as describe_time
 from .words import summarize as summarize

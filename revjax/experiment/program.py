@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..data import Tokenizer, batch_shapes
+from ..data import ByteTokenizer, Tokenizer, batch_shapes
 from ..errors import ConfigError
 from ..models import Decoder
 from ..training import (
@@ -102,6 +102,24 @@ class Program:
             return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
         params = parameters_of(start_from, self.shapes.params, tokenizer)
         return self.devices.make(self.start, self.shapes, params)
+
+
+def stepper(config: RunConfig, compiled: Any, program: Program, seed: int = 0) -> Callable[[], None]:
+    """A function that takes one step from a state of its own, on random tokens, and waits until it is done."""
+    state = program.begin(None, ByteTokenizer())
+    keys = jax.random.split(jax.random.key(seed), len(program.batch))
+    batch = program.devices.deal(
+        {
+            name: jax.random.randint(key, shape.shape, 0, config.model.vocab_size if name == "tokens" else 1)
+            for key, (name, shape) in zip(keys, program.batch.items(), strict=True)
+        }
+    )
+
+    def step() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(compiled(state, batch))
+
+    return step
 
 
 def bytes_of_step(compiled: Any) -> int:

@@ -1,12 +1,13 @@
 """What a run says of itself before and after."""
 
+import statistics
 from typing import Any
 
 import jax
 
 from ..data import Corpus, Text
 from ..logging import get_logger
-from ..memory import Timeline, activation_memory
+from ..memory import ELSEWHERE, LOOPS, OpTimes, Timeline, activation_memory
 from ..models import flops_per_token, num_params
 from ..training import TrainState, read_metrics
 from .build import Experiment
@@ -101,10 +102,35 @@ def describe_memory(experiment: Experiment, found: Timeline) -> str:
         "of these": [f"{_bytes(n):>10}  {n / max(top, 1):4.0%}  {name}" for name, n in shares if n > 0.005 * top],
         "largest": [f"{_bytes(b.bytes):>10}  {b.shape:<22} {b.category:<10} {b.line}" for b in live[:12]],
     }
-    whole = {name: [text] if isinstance(text, str) else text for name, text in lines.items()}
-    return "\n".join(
-        f"{name if i == 0 else '':<12} {text}" for name, texts in whole.items() for i, text in enumerate(texts)
-    )
+    return _lines(lines)
+
+
+def describe_time(times: OpTimes) -> str:
+    """Where the time of a training step goes: by what it is for and by loop, and its longest operations."""
+    sums = times.by_category()
+    whole = sum(operation.seconds for operation in times.operations)
+    loops = [name for name in (*LOOPS, ELSEWHERE) if any(name in by_loop for by_loop in sums.values())]
+    total = lambda by_loop: sum(by_loop.values())
+    rows = [["", *loops, "all", ""]]
+    for name, by_loop in sorted(sums.items(), key=lambda item: -total(item[1])):
+        cells = [f"{1e3 * by_loop[loop]:.1f}" if loop in by_loop else "-" for loop in loops]
+        rows.append([name, *cells, f"{1e3 * total(by_loop):.1f}", f"{total(by_loop) / whole:.0%}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = [
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+    longest = [
+        f"{1e3 * o.seconds:>8.1f} ms  {o.seconds / whole:4.0%}  {o.calls:>7,.0f} x  {o.category:<10} {o.line}"
+        for o in times.operations[:12]
+    ]
+    lines = {
+        "time": f"{1e3 * statistics.median(times.steps):.1f} ms a step (median of {len(times.steps)}, watched); its "
+        f"operations {1e3 * whole:.1f} ms",
+        "of these, ms": table,
+        "longest": longest,
+    }
+    return _lines(lines)
 
 
 def summarize(result: Result) -> str:
@@ -167,6 +193,14 @@ def _first_to_last(lines: list[dict[str, Any]]) -> str:
     if first is last:
         return f"{number(first)} bits/byte at step {first['step']:,}"
     return f"{number(first)} bits/byte at step {first['step']:,}, {number(last)} at step {last['step']:,}"
+
+
+def _lines(lines: dict[str, str | list[str]]) -> str:
+    """Each name before its text, or before the first of several."""
+    whole = {name: [text] if isinstance(text, str) else text for name, text in lines.items()}
+    return "\n".join(
+        f"{name if i == 0 else '':<12} {text}" for name, texts in whole.items() for i, text in enumerate(texts)
+    )
 
 
 def _bytes(n: float) -> str:

@@ -15,6 +15,11 @@ from .devices import Hardware as Hardware
 from .devices import peak_flops as peak_flops
 from .measure import activation_memory as activation_memory
 from .measure import temp_bytes as temp_bytes
+from .op_times import ELSEWHERE as ELSEWHERE
+from .op_times import LOOPS as LOOPS
+from .op_times import OpTimes as OpTimes
+from .op_times import op_times as op_times
+from .op_times_plot import plot_op_times as plot_op_times
 from .plan_plot import plot_plans as plot_plans
 from .planner import Candidate as Candidate
 from .planner import Choice as Choice

@@ -117,6 +117,31 @@ def timeline(compiled: Any, params: Any = ()) -> Timeline:
     return Timeline(tuple(buffers), tuple(walk.loops), walk.position, module.temp_bytes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where an instruction comes from: what it is for, its line of Python, and the loop that it is in ("": none)."""
+
+    opcode: str
+    category: str
+    line: str
+    loop: str
+
+
+def instruction_origins(compiled: Any) -> dict[str, Origin]:
+    """Where each instruction of a compiled program comes from, by its name."""
+    module = read(compiled)
+    walk = _Walk(module)
+    entry = module.computations[module.entry]
+    walk.run(entry.id, {i.id: {(): (i.id, ())} for i in entry.instructions if i.opcode == "parameter"})
+    found = {}
+    for id, at in walk.positions.items():
+        instruction = walk.instructions[id]
+        category, line = walk.origin((id, ()))
+        loop = next((loop.name for loop in walk.loops if loop.start <= at < loop.end), "")
+        found[instruction.name] = Origin(instruction.opcode, category, line, loop)
+    return found
+
+
 def _shape(x: Any) -> str:
     dtype = jnp.dtype(x.dtype)
     name = {"bfloat16": "bf16", "bool": "pred"}.get(dtype.name, f"{dtype.kind}{8 * dtype.itemsize}")
@@ -133,6 +158,7 @@ class _Walk:
         self.module = module
         self.instructions = {i.id: i for c in module.computations.values() for i in c.instructions}
         self.position, self.depth = 0, 0
+        self.positions: dict[int, int] = {}
         self.loops: list[Loop] = []
         self.start: dict[Value, int] = {}
         self.end: dict[Value, int] = {}
@@ -143,6 +169,7 @@ class _Walk:
         """Runs a computation whose parameters have `values`; returns those of its result."""
         found = self.module.computations[computation]
         for instruction in found.instructions:
+            self.positions[instruction.id] = self.position
             given = [values[i] for i in instruction.operands]
             result = values.get(instruction.id) or self._result(instruction, given)
             values[instruction.id] = result
