@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +84,9 @@ def op_times(compiled: Any, step: Callable[[], None], *, steps: int = 3, trace: 
             for _ in range(steps):
                 seconds.append(_seconds(step))
         found = pathlib.Path(folder)
-        events = _events(next(found.rglob("*.xplane.pb")))
+        with warnings.catch_warnings():  # of a class of jax's own; where warnings are errors, it crashes
+            warnings.simplefilter("ignore", DeprecationWarning)
+            events = _events(next(found.rglob("*.xplane.pb")))
         if trace is not None:
             shutil.copyfile(next(found.rglob("*.trace.json.gz")), trace)
     origins = instruction_origins(compiled)
@@ -107,15 +110,19 @@ def _seconds(step: Callable[[], None]) -> float:
 def _events(path: pathlib.Path) -> dict[str, list[float]]:
     """Seconds of each call of each operation, by its name."""
     seen: dict[str, list[float]] = defaultdict(list)
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+    data = jax.profiler.ProfileData.from_file(str(path))  # what is read of it lives no longer than it does
+    for plane in data.planes:
+        events = []
+        for line in plane.lines:
+            for event in line.events:
+                is_end = event.name.startswith(_END)
+                if is_end or any(name == "hlo_op" for name, _ in event.stats):
+                    events.append((event.start_ns, event.name, event.duration_ns, is_end))
         begun: dict[str, float] = {}  # by operation, when its last call began
-        events = (event for line in plane.lines for event in line.events)
-        for event in sorted(events, key=lambda event: event.start_ns):
-            if event.name.startswith(_END):
-                name = event.name.removeprefix(_END)
-                if name in begun:
-                    seen[name][-1] = max(seen[name][-1], 1e-9 * (event.start_ns - begun[name]))
-            elif any(name == "hlo_op" for name, _ in event.stats):
-                begun[event.name] = event.start_ns
-                seen[event.name].append(1e-9 * event.duration_ns)
+        for start, name, duration, is_end in sorted(events):
+            if not is_end:
+                begun[name] = start
+                seen[name].append(1e-9 * duration)
+            elif (name := name.removeprefix(_END)) in begun:
+                seen[name][-1] = max(seen[name][-1], 1e-9 * (start - begun[name]))
     return seen
