@@ -206,13 +206,15 @@ def test_a_plan_fits_its_budget_and_the_smallest_budget_is_told(tmp_path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what, field", [("context", "data.sequence_length"), ("layers", "model.num_layers")])
-def test_the_longest_context_and_the_deepest_model_for_a_budget(capsys, what, field):
-    words = ["plan", TINY, f"--maximize={what}", "--budget=12MB", "--hardware=h100"]
+@pytest.mark.parametrize("what, field", experiment.SIZES.items())
+def test_the_longest_context_the_deepest_model_and_the_largest_batch_for_a_budget(capsys, what, field):
+    learned = "--model.positions=learned"  # which end with the context
+    words = ["plan", TINY, learned, f"--maximize={what}", "--budget=12MB", "--hardware=h100"]
     assert cli.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"]["compiled"] and 11e6 < found["chosen"]["bytes"] <= found["budget"] == 12_000_000
-    config = load(experiment.RunConfig, [TINY], [f"--{name}={value}" for name, value in found["settings"].items()])
+    overrides = [learned, *(f"--{name}={value}" for name, value in found["settings"].items())]
+    config = load(experiment.RunConfig, [TINY], overrides)
     assert getattr(getattr(config, field.partition(".")[0]), field.partition(".")[2]) == int(found["settings"][field])
 
 

@@ -16,37 +16,22 @@ from ..data import DataConfig
 from ..experiment import Devices, Program, RunConfig, bytes_of_step, candidates, stepper, with_choice
 from ..logging import get_logger
 from ..memory import Candidate, Choice, Found, search
-from ..models import DecoderConfig
 from ..sharding import MeshConfig
+from .memory import MemoryConfig
 from .speed import paired
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanningConfig:
+class PlanningConfig(MemoryConfig):
     """One run whose step is planned."""
 
-    num_layers: int
-    d_model: int
-    sequence_length: int
-    batch_size: int
-    vocab_size: int
-    dtype: str
-    coupling: str = "revnet"
     steps: int = 12
     budgets: int = 20
     pairs: int = 3
 
     def run(self) -> RunConfig:
-        model = DecoderConfig(
-            num_layers=self.num_layers,
-            d_model=self.d_model,
-            num_heads=max(1, self.d_model // 64),
-            vocab_size=self.vocab_size,
-            dtype=self.dtype,  # pyright: ignore[reportArgumentType]
-            coupling=self.coupling,
-        )
         data = DataConfig(batch_size=self.batch_size, sequence_length=self.sequence_length)
-        return RunConfig(model=model, data=data, mesh=MeshConfig(data=1))
+        return RunConfig(model=self.decoder(), data=data, mesh=MeshConfig(data=1))
 
 
 def planning(config: PlanningConfig, *, seed: int = 0) -> dict[str, Any]:

@@ -101,9 +101,7 @@ def timeline(compiled: Any, params: Any = ()) -> Timeline:
     """
     gradients = {_shape(x) for x in jax.tree.leaves(params) if x.ndim > 1}
     module = read(compiled)
-    walk = _Walk(module)
-    entry = module.computations[module.entry]
-    walk.run(entry.id, {i.id: {(): (i.id, ())} for i in entry.instructions if i.opcode == "parameter"})
+    walk = _Walk.through(module)
     buffers = []
     for (id, index), slot in module.slots.items():
         if (id, index) not in walk.start:
@@ -129,10 +127,7 @@ class Origin:
 
 def instruction_origins(compiled: Any) -> dict[str, Origin]:
     """Where each instruction of a compiled program comes from, by its name."""
-    module = read(compiled)
-    walk = _Walk(module)
-    entry = module.computations[module.entry]
-    walk.run(entry.id, {i.id: {(): (i.id, ())} for i in entry.instructions if i.opcode == "parameter"})
+    walk = _Walk.through(read(compiled))
     found = {}
     for id, at in walk.positions.items():
         instruction = walk.instructions[id]
@@ -164,6 +159,13 @@ class _Walk:
         self.end: dict[Value, int] = {}
         self.reads: dict[Value, Value] = {}  # of a copy and of what a loop carries: what it was before
         self.reader: dict[Value, Value] = {}  # the first that reads it
+
+    @staticmethod
+    def through(module: Module) -> "_Walk":
+        """A walk through the whole program."""
+        walk, entry = _Walk(module), module.computations[module.entry]
+        walk.run(entry.id, {i.id: {(): (i.id, ())} for i in entry.instructions if i.opcode == "parameter"})
+        return walk
 
     def run(self, computation: int, values: dict[int, dict[Index, Value]]) -> dict[Index, Value]:
         """Runs a computation whose parameters have `values`; returns those of its result."""
