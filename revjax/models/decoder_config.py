@@ -42,7 +42,7 @@ class DecoderConfig:
     layer_scale: float | None = None  # start of a learned factor for each channel of every increment; null is none
     exact: bool = True  # integer streams
     fraction_bits: int = 16
-    loss_tile: int = 1024  # tokens that have logits at one time
+    loss_tile: int = 256  # tokens that have logits at one time
     mlp_chunk: int | None = None  # tokens of each row that have a hidden layer of the MLP at one time; null is all
 
     def __post_init__(self):

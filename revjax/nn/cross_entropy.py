@@ -12,10 +12,13 @@ Tiles run along T and hold the whole batch, so that a sharded batch stays where 
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+_PRODUCT_BYTES = 16 * 2**20
 
 
 def cross_entropy(
@@ -24,7 +27,7 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array | None = None,
     *,
-    tile_tokens: int = 1024,
+    tile_tokens: int = 256,
     z_loss: float = 0.0,
     dtype=jnp.bfloat16,
 ) -> tuple[jax.Array, jax.Array]:
@@ -67,21 +70,21 @@ def _loss_sum_fwd(spec, hidden, kernel, targets, weights):
     low_kernel = kernel.astype(spec.dtype)
 
     def tile(carry, inputs):
-        total, dkernel = carry
+        total, dtable = carry
         x, t, w = inputs
         losses, (logits, lse, hit) = _tile_losses(spec, x, low_kernel, t)
         dlse = w * (1 + 2 * spec.z_loss * lse)
         dlogits = jnp.exp(logits - lse[..., None]) * dlse[..., None] - jnp.where(hit, w[..., None], 0)
         dlogits = dlogits.astype(spec.dtype)
         dx = _product("btv,dv->btd", dlogits, low_kernel).astype(hidden.dtype)
-        dkernel = dkernel + _product("btd,btv->dv", x.astype(spec.dtype), dlogits)
-        return (total + jnp.sum(w * losses), dkernel), (dx, losses)
+        dtable = _add_product(dtable, dlogits, x.astype(spec.dtype))
+        return (total + jnp.sum(w * losses), dtable), (dx, losses)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
-    (total, dkernel), (dx, losses) = _over_tiles(spec, tile, start, hidden, targets, weights)
-    # Without it XLA moves a tied kernel's transpose into the product of a single tile, which it then has no bf16 kernel
-    # for on a CPU (jax 0.10.2).
-    dkernel = jax.lax.optimization_barrier(dkernel)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape[::-1], jnp.float32))
+    (total, dtable), (dx, losses) = _over_tiles(spec, tile, start, hidden, targets, weights)
+    # Without it XLA may move the transpose into the product of a single tile, which it then has no bf16 kernel for on a
+    # CPU (jax 0.10.2).
+    dkernel = jax.lax.optimization_barrier(dtable).T
     return total, (_untile(dx, hidden.shape[1]), dkernel.astype(kernel.dtype), _untile(losses, hidden.shape[1]))
 
 
@@ -100,6 +103,26 @@ def _tile_losses(spec, x_Btd, kernel_DV, targets_Bt):
     hit = jnp.arange(logits.shape[-1], dtype=targets_Bt.dtype)[None, None, :] == targets_Bt[..., None]
     target_logits = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
     return lse - target_logits + spec.z_loss * jnp.square(lse), (logits, lse, hit)
+
+
+def _add_product(total_VD, dlogits_BtV, x_BtD):
+    """total + dlogits^T . x"""
+
+    def add(total, dlogits):
+        if dlogits.dtype.itemsize == 2:
+            return total + _product("btv,btd->vd", dlogits, x_BtD)
+        # XLA would copy fp32 logits to transpose them, so the product, which is smaller, is transposed.
+        return total + jax.lax.optimization_barrier(_product("btd,btv->dv", x_BtD, dlogits)).T
+
+    def add_in_parts(total, dlogits):
+        """On a CPU the product exists beside the sum, so there it is one of a part of the vocabulary."""
+        vocab_size = total.shape[0]
+        parts = min(8, -(-4 * total.size // _PRODUCT_BYTES))
+        for start, stop in itertools.pairwise(vocab_size * i // parts for i in range(parts + 1)):
+            total = total.at[start:stop].set(add(total[start:stop], dlogits[..., start:stop]))
+        return total
+
+    return jax.lax.platform_dependent(total_VD, dlogits_BtV, cpu=add_in_parts, default=add)
 
 
 def _over_tiles(spec, tile, start, *arrays):
