@@ -15,6 +15,7 @@ from .layers import Run as Run
 from .pin import pin as pin
 from .plan import All as All
 from .plan import Inputs as Inputs
+from .plan import Parts as Parts
 from .plan import Reverse as Reverse
 from .rebuild import reconstruction_error as reconstruction_error
 from .scan import ScanResult as ScanResult

@@ -29,16 +29,20 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
     params, context, closures = diff
     dstreams, streams = cotangents["streams"], None
     dcontext, dclosures = _zeros(context, like=dstreams), _zeros(closures, like=dstreams)
-    dparams, dclosures, wrong = list(params), list(dclosures), []
-    for i in reversed(range(len(layers.keeps))):
-        plan, replay = layers.keeps[i], not isinstance(layers.keeps[i], All)
+    dparams: list[Any] = [None] * len(params)
+    dclosures, wrong = list(dclosures), []
+    for i in reversed(range(len(layers.pieces))):
+        piece = layers.pieces[i]
+        plan, replay = piece.keep, not isinstance(piece.keep, All)
         shared = layers.shared_inputs(i, diff, rest, replay=replay)
-        inputs_L = layers.layer_inputs(i, diff, rest)
+        inputs_L = layers.layer_inputs(i, rest)
         inputs_L = tuple(x | out for x, out in zip(inputs_L, kept[i]["outs"], strict=True))
         daux_L = cotangents["aux"][i]
         streams = kept[i].get("end", streams)
         dcarry = (dstreams, dcontext, dclosures[i][replay])
-        totals = zeros_once_known(partition(params[i])[0], dstreams[1])
+        totals = dparams[piece.run]
+        if totals is None:
+            totals = zeros_once_known(partition(params[piece.run])[0], dstreams[1])
         if isinstance(plan, Reverse):
             ((streams, dcarry), totals), wrong_of_fns = _invert_run(
                 layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L
@@ -52,7 +56,7 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
             (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L)
         dstreams, dcontext, dclosure = dcarry
         dclosures[i] = (dclosures[i][0], dclosure) if replay else (dclosure, dclosures[i][1])
-        dparams[i] = totals
+        dparams[piece.run] = totals
         wrong.append(jnp.sum(by_f(wrong_of_fns).reshape(layers.num_fns(i), -1), axis=1))
     return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong[::-1])
 
@@ -76,7 +80,7 @@ def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
             dcarry, dparams = _pull(layers, fn, args, f.leaves, step_vjp, dcarry, daux, zero)
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
-    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, (inputs_L, daux_L), layers.lengths[i])
+    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, (inputs_L, daux_L), layers.pieces[i].length)
 
 
 def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, unstep, dcarry, inputs):
@@ -93,7 +97,7 @@ def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, u
 def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
     """Every activation was stored."""
     read = lambda dcarry, inputs, daux, fn, closure: _read(layers, shared, dcarry, inputs, daux, fn, closure)
-    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.lengths[i])
+    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.pieces[i].length)
 
 
 def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, every: int):
@@ -113,7 +117,7 @@ def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_
         return _reverse_scan(layers, fns, shared, read, carry, (inputs_L, daux_L), every)
 
     xs = (start, *forward.in_segments((inputs_L, daux_L), every))
-    carry, wrong = jax.lax.scan(segment, carry, xs, reverse=True, length=layers.lengths[i] // every)
+    carry, wrong = jax.lax.scan(segment, carry, xs, reverse=True, length=layers.pieces[i].length // every)
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), wrong)
 
 
@@ -129,14 +133,15 @@ def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
 def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
     """Undoes each period, last f first.
 
-    The carry is that of `undo`, and the gradients of the run's parameters, in which each layer writes its own.
+    The carry is that of `undo`, and the gradients of the whole run's parameters, in which each layer writes its own.
     Returns the carry, and for each f of a period how many rows were rebuilt wrong (L, ...).
     """
 
     def unlayer(carry, xs):
         (carry, totals), wrong = carry, []
-        totals, steps = list(totals), list(enumerate(zip(fns, shared["closures"], *xs, strict=True)))
-        for j, (fn, closure, inputs, daux) in reversed(steps):
+        totals, (inputs, daux) = list(totals), xs
+        steps = zip(fns, shared["closures"], forward.with_params(shared, inputs), daux, strict=True)
+        for j, (fn, closure, inputs, daux) in reversed(list(enumerate(steps))):
             carry, (dparams, wrong_rows) = undo(carry, inputs, daux, fn, closure)
             totals[j] = jax.tree.map(functools.partial(_put, inputs["layer"]), totals[j], dparams)
             wrong.append(wrong_rows)

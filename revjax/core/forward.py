@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .layers import Layers, by_f, given
+from .layers import Layers, by_f, given, of_layer
 from .pin import opaque_zero
 from .plan import All, Inputs, Reverse
 from .trace import Function, is_float
@@ -16,13 +16,13 @@ PyTree = Any
 
 
 def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bool) -> tuple[dict, list[dict]]:
-    """Applies every run. Returns the outputs, and for each run what the backward pass will find.
+    """Applies every piece. Returns the outputs, and for each piece what the backward pass will find.
 
-    What is kept of a run (the rest is dropped, and costs nothing):
+    What is kept of a piece (the rest is dropped, and costs nothing):
       nothing    kept   the bits of the coupling (L, ...)
                  named  what the plan names (L, ...)
                  sum    one checksum for each f and row (L, B)
-                 end    the streams after it, unless the next run's backward pass rebuilds them
+                 end    the streams after it, unless the next piece's backward pass rebuilds them
       inputs     start  the streams before every k-th layer (L / k, ...)
                  end_sum  one checksum of the stream after each f
       all        vjp    every activation (L, ...)
@@ -30,40 +30,41 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
     """
     broken = sum(layers.arithmetic.unsafe(x) for x in jax.tree.leaves(streams))
     streams = jax.tree.map(lambda x: layers.constrain(layers.arithmetic.encode(x)), streams)
-    outs_of_runs, kept = [], []
-    for i, plan in enumerate(layers.keeps):
+    outs_of_pieces, kept = [], []
+    for i, plan in enumerate(piece.keep for piece in layers.pieces):
         shared = layers.shared_inputs(i, diff, rest, replay=False)
-        inputs_L = layers.layer_inputs(i, diff, rest)
+        inputs_L = layers.layer_inputs(i, rest)
         if keep and isinstance(plan, Inputs):
             streams, outs, start = _run_with_keyframes(layers, i, shared, streams, inputs_L, plan.every)
         else:
             layer = functools.partial(period, layers, layers.fns[i], shared, vjps=keep and isinstance(plan, All))
-            streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.lengths[i])
+            streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.pieces[i].length)
             start = None
-        outs_of_runs.append(outs)
+        outs_of_pieces.append(outs)
         if keep:
             names = {Reverse: ("kept", "sum", "tape", "named"), Inputs: ("end_sum", "tape"), All: ("vjp",)}[type(plan)]
             kept.append({"outs": tuple({name: o[name] for name in names} for o in outs), "start": start})
-            if isinstance(plan, Reverse) and not any(isinstance(k, Reverse) for k in layers.keeps[i + 1 : i + 2]):
+            following = layers.pieces[i + 1 : i + 2]
+            if isinstance(plan, Reverse) and not any(isinstance(piece.keep, Reverse) for piece in following):
                 kept[-1]["end"] = streams
 
-    pick = lambda name: jnp.concatenate([by_f([o[name] for o in outs]) for outs in outs_of_runs])
+    pick = lambda name: jnp.concatenate([by_f([o[name] for o in outs]) for outs in outs_of_pieces])
     unsafe = pick("unsafe").at[0].add(broken)
     floats = jax.tree.map(lambda q: _poison(layers.arithmetic.decode(q), jnp.sum(unsafe, axis=0) > 0), streams)
-    per_f = lambda name: tuple(tuple(o[name] for o in outs) for outs in outs_of_runs)
+    per_f = lambda name: tuple(tuple(o[name] for o in outs) for outs in outs_of_pieces)
     out = {"streams": floats, "aux": per_f("aux"), "unsafe": unsafe, "max_abs": pick("max_abs")}
     return out | {"cache": per_f("cache")}, kept
 
 
 def _run_with_keyframes(layers: Layers, i: int, shared, streams, inputs_L, every: int):
-    """One run, as a scan over segments of `every` layers; returns the streams before each segment as well."""
+    """One piece, as a scan over segments of `every` layers; returns the streams before each segment as well."""
     layer = functools.partial(period, layers, layers.fns[i], shared, vjps=False)
 
     def segment(streams, inputs):
         end, outs = jax.lax.scan(layer, streams, inputs, length=every)
         return end, (streams, outs)
 
-    num_segments = layers.lengths[i] // every
+    num_segments = layers.pieces[i].length // every
     streams, (start, outs) = jax.lax.scan(segment, streams, in_segments(inputs_L, every), length=num_segments)
     return streams, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs), start
 
@@ -76,7 +77,7 @@ def in_segments(tree_L: PyTree, every: int) -> PyTree:
 def period(layers: Layers, fns: tuple[Function, ...], shared: dict, streams: PyTree, inputs: tuple, *, vjps: bool):
     """Applies the f's of one period. Returns the streams after it, and for each f what it leaves behind."""
     outs = []
-    for fn, closure, given_to_f in zip(fns, shared["closures"], inputs, strict=True):
+    for fn, closure, given_to_f in zip(fns, shared["closures"], with_params(shared, inputs), strict=True):
         streams, out = step(layers, fn, shared, closure, streams, given_to_f, vjps=vjps)
         outs.append(out)
     return streams, tuple(outs)
@@ -138,6 +139,11 @@ class Kept:
     @property
     def value(self) -> jax.Array:
         return self.bits if self.bits.dtype == self.dtype else jax.lax.bitcast_convert_type(self.bits, self.dtype)
+
+
+def with_params(shared: dict, inputs: tuple) -> tuple:
+    """What each f of a period gets, with the parameters of its layer."""
+    return tuple(x | {"params": of_layer(p, x["layer"])} for p, x in zip(shared["params"], inputs, strict=True))
 
 
 def arguments(shared: dict, closure, x, inputs: dict) -> PyTree:

@@ -69,11 +69,6 @@ class Run:
             )
         object.__setattr__(self, "length", lengths.pop())
 
-    def slice(self, start: int, stop: int) -> "Run":
-        """Its repeats from `start` up to `stop`."""
-        cut = lambda tree: jax.tree.map(lambda a: a[start:stop], tree)
-        return Run(self.fns, cut(self.params_L), cut(self.side_L), cut(self.cache_L), length=stop - start)
-
     @property
     def num_fns(self) -> int:
         """How many f's the run applies, repeats counted."""
@@ -89,21 +84,32 @@ def as_runs(runs: Run | Sequence[Run]) -> list[Run]:
     return runs
 
 
-def with_whole_segments(runs: list[Run], keeps: Sequence[Keep]) -> tuple[list[Run], list[Keep], list[int]]:
-    """Splits a run whose keyframes leave a remainder in two. Returns the pieces, and of which run each is one.
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """`length` repeats of the run `run`, from `start` on, of which the backward pass finds the same kept."""
 
-    The slices copy that run's parameters: choose K to divide the number of repeats where that matters.
-    """
-    pieces = []
-    for i, (run, keep) in enumerate(zip(runs, keeps, strict=True)):
-        rest = run.length % keep.every if isinstance(keep, Inputs) else 0
-        whole = run.length - rest
-        if whole:
-            pieces.append((run if not rest else run.slice(0, whole), keep, i))
-        if rest:
-            pieces.append((run.slice(whole, run.length), Inputs(rest), i))
-    runs, keeps, of = (list(column) for column in zip(*pieces, strict=True))
-    return runs, keeps, of
+    run: int
+    start: int
+    length: int
+    keep: Keep
+
+    def cut(self, tree_L: PyTree) -> PyTree:
+        """What these repeats have of arrays of the whole run."""
+        return jax.tree.map(lambda a: a[self.start : self.start + self.length], tree_L)
+
+
+def pieces_of(keeps: Sequence[Sequence[tuple[int, Keep]]]) -> tuple[Piece, ...]:
+    """The pieces of all runs, in the order in which they are applied; of keyframes, what remains is one of its own."""
+    found: list[Piece] = []
+    for i, parts in enumerate(keeps):
+        start = 0
+        for length, keep in parts:
+            rest = length % keep.every if isinstance(keep, Inputs) else 0
+            for n, kept in ((length - rest, keep), (rest, Inputs(max(rest, 1)))):
+                if n:
+                    found.append(Piece(i, start, n, kept))
+                start += n
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,24 +117,25 @@ class Layers:
     """All that the two passes share and that is not an array: programs, coupling, arithmetic, plan.
 
     Attributes:
-      fns, lengths: for each run, its period of programs and its repeats.
+      pieces: parts of runs, in the order in which they are applied.
+      fns: for each piece, its period of programs.
       replays: as `fns`, the programs that are run again from a tape (the same where f has no tape).
     """
 
+    pieces: tuple[Piece, ...]
     fns: tuple[tuple[Function, ...], ...]
     replays: tuple[tuple[Function, ...], ...]
-    lengths: tuple[int, ...]
-    keeps: tuple[Keep, ...]
     coupling: AbstractCoupling
     arithmetic: Exact | Float
     constrain: Callable[[jax.Array], jax.Array]
     trees: dict[Function, Any] = dataclasses.field(default_factory=dict)  # of stored steps: forward to backward pass
 
     @staticmethod
-    def trace(runs: Sequence[Run], x, shared, context, coupling, arithmetic, constrain, keeps) -> "Layers":
+    def trace(runs: Sequence[Run], x, shared, context, coupling, arithmetic, constrain, pieces) -> "Layers":
         stream = jax.eval_shape(lambda x: arithmetic.decode(arithmetic.encode(x)), x)
         fns, replays = [], []
-        for run, keep in zip(runs, keeps, strict=True):
+        for piece in pieces:
+            run, keep = runs[piece.run], piece.keep
             period, replay = [], []
             names = keep.names if isinstance(keep, Reverse) else ()
             for f, params_L, side_L, cache_L in zip(run.fns, run.params_L, run.side_L, run.cache_L, strict=True):
@@ -162,9 +169,7 @@ class Layers:
                 raise ValueError("A function with a tape must name the same values with and without `tape=`.")
             fns.append(tuple(period))
             replays.append(tuple(replay))
-        return Layers(
-            tuple(fns), tuple(replays), tuple(r.length for r in runs), tuple(keeps), coupling, arithmetic, constrain
-        )
+        return Layers(tuple(pieces), tuple(fns), tuple(replays), coupling, arithmetic, constrain)
 
     @functools.cached_property
     def place(self) -> dict[Any, int]:
@@ -172,26 +177,28 @@ class Layers:
         return {fn: j for periods in (self.fns, self.replays) for period in periods for j, fn in enumerate(period)}
 
     def num_fns(self, i: int) -> int:
-        """How many f's run i applies."""
-        return len(self.fns[i]) * self.lengths[i]
+        """How many f's piece i applies."""
+        return len(self.fns[i]) * self.pieces[i].length
 
     def shared_inputs(self, i: int, diff: PyTree, rest: PyTree, *, replay: bool) -> dict[str, PyTree]:
-        """What every layer of run i gets: of (params, context, closures) and (sides, shared, ...)."""
-        return {"context": diff[1], "shared": rest[1], "closures": diff[2][i][replay]}
+        """What every layer of piece i gets: of (params, context, closures) and (sides, shared, ...).
 
-    def layer_inputs(self, i: int, diff: PyTree, rest: PyTree) -> tuple[dict[str, PyTree], ...]:
-        """What each layer of run i gets, for each f of its period, with a leading axis of repeats."""
+        The parameters are those of all repeats of the run, of which each layer takes its own (`of_layer`).
+        """
+        params = diff[0][self.pieces[i].run]
+        return {"params": params, "context": diff[1], "shared": rest[1], "closures": diff[2][i][replay]}
+
+    def layer_inputs(self, i: int, rest: PyTree) -> tuple[dict[str, PyTree], ...]:
+        """What each layer of piece i gets, for each f of its period, with a leading axis of repeats."""
         sides, _, numbers, caches, indices = rest
-        period, length = len(self.fns[i]), self.lengths[i]
-        start = sum(map(self.num_fns, range(i)))
-        of_f = lambda j: jax.tree.map(lambda a: a[start + j : start + period * length : period], numbers)
+        piece, period = self.pieces[i], len(self.fns[i])
+        start, stop = sum(map(self.num_fns, range(i))), sum(map(self.num_fns, range(i + 1)))
         return tuple(
             {
-                "params": diff[0][i][j],
                 "layer": indices[i],
-                "side": sides[i][j],
-                "number": of_f(j),
-                "cache": caches[i][j],
+                "side": piece.cut(sides[piece.run][j]),
+                "number": jax.tree.map(lambda a, j=j: a[start + j : stop : period], numbers),
+                "cache": piece.cut(caches[piece.run][j]),
             }
             for j in range(period)
         )
@@ -214,6 +221,12 @@ def _trace_chunk(f, params, x, inputs, coupling: AbstractCoupling) -> ChunkedFun
     if fn.has_extras:
         raise ValueError("A function under by_tokens may return fx only, without extras (aux, tape, cache).")
     return ChunkedFunction(fn, f.chunking, num)
+
+
+def of_layer(params_L: PyTree, layer: jax.Array) -> PyTree:
+    """The parameters of one repeat. So a loop over some of a run's layers needs no copy of theirs."""
+    take = lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(take, params_L)
 
 
 def given(**inputs: PyTree) -> dict[str, PyTree]:

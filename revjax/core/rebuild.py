@@ -44,9 +44,9 @@ def reconstruction_error(
 def _there(layers: Layers, diff, streams, rest):
     streams, left = jax.tree.map(layers.arithmetic.encode, streams), []
     for i, fns in enumerate(layers.fns):
-        shared, inputs_L = layers.shared_inputs(i, diff, rest, replay=False), layers.layer_inputs(i, diff, rest)
+        shared, inputs_L = layers.shared_inputs(i, diff, rest, replay=False), layers.layer_inputs(i, rest)
         layer = functools.partial(forward.period, layers, fns, shared, vjps=False)
-        streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.lengths[i])
+        streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.pieces[i].length)
         left.append(tuple({name: o[name] for name in ("before", "kept", "tape")} for o in outs))
     return streams, left
 
@@ -54,11 +54,11 @@ def _there(layers: Layers, diff, streams, rest):
 def _back(layers: Layers, diff, streams, rest, left):
     errors: list[jax.Array] = []
     for i in reversed(range(len(layers.fns))):
-        shared, inputs_L = layers.shared_inputs(i, diff, rest, replay=True), layers.layer_inputs(i, diff, rest)
+        shared, inputs_L = layers.shared_inputs(i, diff, rest, replay=True), layers.layer_inputs(i, rest)
         inputs_L = tuple(x | out for x, out in zip(inputs_L, left[i], strict=True))
 
         def unlayer(streams, inputs, i=i, shared=shared):
-            off = []
+            off, inputs = [], forward.with_params(shared, inputs)
             for fn, closure, given in reversed(list(zip(layers.replays[i], shared["closures"], inputs, strict=True))):
                 q, q_next = streams
                 # As in training, f is run with its gradient, so that it is compiled in the same company.
@@ -70,6 +70,6 @@ def _back(layers: Layers, diff, streams, rest, left):
                 streams = (q_prev, q)
             return streams, tuple(off[::-1])
 
-        streams, off_L = jax.lax.scan(unlayer, streams, inputs_L, reverse=True, length=layers.lengths[i])
+        streams, off_L = jax.lax.scan(unlayer, streams, inputs_L, reverse=True, length=layers.pieces[i].length)
         errors.append(by_f(off_L))
     return jnp.concatenate(errors[::-1])

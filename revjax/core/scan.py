@@ -33,7 +33,7 @@ from .guard import (
     SIDE_NOT_DIFFERENTIATED,
     refuse_gradient,
 )
-from .layers import Layers, Run, as_runs, with_whole_segments
+from .layers import Layers, Run, as_runs, pieces_of
 from .plan import Plan, Reverse, for_runs
 from .streams import Exact, FixedPoint, Float
 from .trace import combine, is_float, partition
@@ -106,7 +106,8 @@ def reversible_scan(
       runs: the functions and their stacked parameters.
       x: float array (B, ..., D), rows first; or the two streams to start from. One array starts both.
       coupling: how increments join the streams; RevNet() if None.
-      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", or one for each run.
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", different for parts of a run
+        ("40 nothing, 8 all"), or one for each run.
       shared: a pytree that every f gets as `shared=`; not differentiated.
       context: a pytree that every f gets as `context=`, with gradients (cross-attention).
       canary: zeros (N, 3). Its gradient is, for each f, how many rows of the stream beside it were not
@@ -179,7 +180,6 @@ class Problem:
       diff: (parameters, context, closures), their floats; `rest` holds the others.
       streams: those to start from, floats.
       rest: the non-floats of `diff`, and (sides, shared, numbers, caches, indices).
-      run_of_piece: the run that each of the layers' runs is a piece of.
     """
 
     layers: Layers
@@ -187,15 +187,14 @@ class Problem:
     streams: PyTree
     rest: tuple[PyTree, tuple]
     has_cache: bool
-    run_of_piece: list[int]
 
 
 def prepare(runs, x, *, coupling, plan, shared, context, exact, fraction_bits, constrain) -> Problem:
     """Checks the arguments of `reversible_scan` and traces every f once."""
     coupling = RevNet() if coupling is None else coupling
     runs = as_runs(runs)
-    runs, keeps, run_of_piece = with_whole_segments(runs, for_runs(plan, len(runs)))
-    if not coupling.reversible and any(isinstance(keep, Reverse) for keep in keeps):
+    pieces = pieces_of(for_runs(plan, [run.length for run in runs]))
+    if not coupling.reversible and any(isinstance(piece.keep, Reverse) for piece in pieces):
         raise ValueError(
             f"{type(coupling).__name__} has no inverse, so plans 'nothing' and 'attention' cannot rebuild its streams. "
             "Pass plan='inputs' (recompute) or plan='all' (store), or a reversible coupling."
@@ -207,23 +206,23 @@ def prepare(runs, x, *, coupling, plan, shared, context, exact, fraction_bits, c
     sides = refuse_gradient((tuple(run.side_L for run in runs), shared), SIDE_NOT_DIFFERENTIATED)
     numbers = coupling.numbers(sum(run.num_fns for run in runs), streams[1])
     numbers = refuse_gradient(numbers, NUMBERS_NOT_DIFFERENTIATED)
-    layers = Layers.trace(runs, streams[1], sides[1], context, coupling, arithmetic, constrain or (lambda x: x), keeps)
+    layers = Layers.trace(runs, streams[1], sides[1], context, coupling, arithmetic, constrain or (lambda x: x), pieces)
     diff, other = partition((params, context, vary_alike(layers.closures, like=streams)))
     caches = tuple(run.cache_L for run in runs)
     has_cache = bool(jax.tree.leaves(caches))
-    indices = tuple(_indices(run.length) for run in runs)
-    return Problem(layers, diff, streams, (other, (*sides, numbers, caches, indices)), has_cache, run_of_piece)
+    indices = tuple(_indices(piece.start, piece.length) for piece in pieces)
+    return Problem(layers, diff, streams, (other, (*sides, numbers, caches, indices)), has_cache)
 
 
-def _indices(length: int) -> jax.Array:
+def _indices(start: int, length: int) -> jax.Array:
     """Which repeat it is: int32, (length,); a number that is not known before the program runs.
 
     The counter of a loop is such a number, but a loop that runs once is none when it is compiled. Nothing is random
     about the 0 that is drawn then, but a compiler does not foresee it.
     """
     if length > 1:
-        return jnp.arange(length, dtype=jnp.int32)
-    return jax.lax.rng_uniform(np.float32(0), np.float32(1), (1,)).astype(jnp.int32)
+        return jnp.arange(start, start + length, dtype=jnp.int32)
+    return start + jax.lax.rng_uniform(np.float32(0), np.float32(1), (1,)).astype(jnp.int32)
 
 
 def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:
@@ -240,7 +239,7 @@ def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:
 
 
 def _result(out: dict[str, PyTree], problem: Problem) -> ScanResult:
-    run_of_piece = problem.run_of_piece
+    run_of_piece = [piece.run for piece in problem.layers.pieces]
 
     def by_run(pieces):
         if not jax.tree.leaves(pieces):

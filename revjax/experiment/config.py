@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from ..core import parse_coupling
-from ..core.plan import Reverse
+from ..core.plan import Reverse, keeps
 from ..core.plan import parse as parse_plan
 from ..data import DataConfig
 from ..errors import ConfigError
@@ -57,7 +57,7 @@ class MemoryConfig:
     """What the backward pass finds kept."""
 
     # nothing (rebuild), attention (rebuild, but keep attention's outputs), inputs:K (recompute from every K-th layer)
-    # or all (store)
+    # or all (store); parts of the layers may have each their own, first layers first: "40 nothing, 8 all"
     plan: str = "nothing"
     # bytes of one device ("40GiB"), a part of it ("0.5"), auto, balanced or aggressive: the fastest step that fits is
     # looked for, which sets plan, accumulation, model.loss_tile and model.mlp_chunk (at most as given); null: none is
@@ -97,8 +97,12 @@ class RunConfig:
                 f"memory.accumulation must divide data.batch_size, but got {self.memory.accumulation} and "
                 f"{self.data.batch_size}."
             )
+        try:
+            kept = keeps(self.memory.plan, [self.model.num_layers])
+        except ValueError as e:
+            raise ConfigError(f"memory.plan: {e} (model.num_layers)") from None
         reversible = parse_coupling(self.model.coupling).reversible or self.memory.budget is not None
-        if not reversible and isinstance(parse_plan(self.memory.plan), Reverse):
+        if not reversible and any(isinstance(keep, Reverse) for keep in kept):
             raise ConfigError(
                 f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan {self.memory.plan!r} cannot "
                 "rebuild its streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible "

@@ -8,6 +8,7 @@ logits, or a hidden layer of the MLP, at one time. All of it changes what a step
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -165,12 +166,13 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
     balance = None if hardware is None else known_hardware(hardware).balance
     with_plan = lambda name: dataclasses.replace(config, memory=dataclasses.replace(config.memory, plan=name))
     reversible = parse_coupling(config.model.coupling).reversible
-    plans = ["nothing", "attention", "all"] if reversible else ["inputs", "all"]
+    levels = ["nothing", "attention", "all"] if reversible else ["inputs", "all"]  # each keeps more than the one before
     try:
-        shapes = Program.of(with_plan(plans[1]), devices).shapes
+        shapes = Program.of(with_plan(levels[1]), devices).shapes
     except ConfigError:  # attention that cannot keep what it computes (cuDNN)
-        plans.remove("attention")
+        levels.remove("attention")
         shapes = Program.of(with_plan("nothing"), devices).shapes
+    plans = levels + _in_parts(levels, config.model.num_layers)
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
     of_params = sum(math.prod(_on_device(x)) for x in jax.tree.leaves(shapes.params))
     state = sum(math.prod(_on_device(x)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -191,6 +193,12 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
                         balance=balance,
                     )
                     yield Candidate(Choice(name, accumulation, loss_tile, mlp_chunk), cost.time, cost.bytes)
+
+
+def _in_parts(levels: list[str], num_layers: int) -> list[str]:
+    """Plans between two levels: the last layers keep more than the first."""
+    numbers = sorted({num_layers * eighths // 8 for eighths in range(1, 8)} - {0})
+    return [f"{less}, {n} {more}" for less, more in itertools.pairwise(levels) for n in numbers]
 
 
 def _chunks(config: RunConfig) -> list[int | None]:

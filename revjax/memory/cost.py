@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import parse_coupling
-from ..core.plan import All, Inputs, Reverse, parse
+from ..core.plan import All, Inputs, Keep, Reverse, for_runs
 from ..models import DecoderConfig, hardware_flops_per_token
 from ..nn.blocks import choose_blocks
 
@@ -71,14 +71,20 @@ def step_cost(
     """
     rows = -(-batch_size // accumulation)
     sizes = Sizes(config, rows, sequence_length)
-    kept = _kept(sizes, plan)
+    parts = for_runs(plan, [config.num_layers])[0]
+    kept_of_parts = [_kept(sizes, keep, num_layers) for num_layers, keep in parts]
     gradients = jnp.dtype(config.param_dtype).itemsize * num_params
+    kept = sum(kept_of_parts)
     moments = {
         "loss": kept + _loss(sizes),
-        "attention": kept + gradients + _attention(sizes, plan),
-        "MLP": kept + gradients + _mlp(sizes, plan),
+        "attention": 0,
+        "MLP": 0,
         "update": gradients + sizes.largest_layer_parameter,
     }
+    for i, (_, keep) in enumerate(parts):  # those after it are done, and what they kept is free
+        there = sum(kept_of_parts[: i + 1]) + gradients
+        moments["attention"] = max(moments["attention"], there + _attention(sizes, _manner(keep)))
+        moments["MLP"] = max(moments["MLP"], there + _mlp(sizes, _manner(keep)))
     if accumulation > 1:  # the sum over micro-batches, beside the gradients of one
         moments = {name: n + 4 * num_params * (name != "update") for name, n in moments.items()}
     flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params)
@@ -212,13 +218,13 @@ def _loss(s: Sizes) -> int:
     return int(streams.bytes(s) + 2 * 4 * tile + 4 * table + (2 * s.width if low else 4) * table)
 
 
-def _attention(s: Sizes, plan: str) -> int:
+def _attention(s: Sizes, manner: str) -> int:
     table = _ATTENTION if s.blocks[0] > 1 else _ATTENTION_IN_ONE_BLOCK
-    return int(table[_precision(s)][_manner(plan)].bytes(s) + _unpacking(s, 2.5))
+    return int(table[_precision(s)][manner].bytes(s) + _unpacking(s, 2.5))
 
 
-def _mlp(s: Sizes, plan: str) -> int:
-    found = _GATED_MLP[_precision(s)][_manner(plan)].bytes(s)
+def _mlp(s: Sizes, manner: str) -> int:
+    found = _GATED_MLP[_precision(s)][manner].bytes(s)
     if not s.config.gated:
         found += _PLAIN_MLP[_precision(s)].bytes(s)
     return int(found + _unpacking(s, 0.5))
@@ -229,9 +235,9 @@ def _unpacking(s: Sizes, streams: float) -> float:
     return 4 * streams * s.streams if _kept_bits(s.config) else 0
 
 
-def _kept(s: Sizes, plan: str) -> int:
-    """What stays of all layers until the backward pass."""
-    config, keep, low = s.config, parse(plan), s.width
+def _kept(s: Sizes, keep: Keep, num_layers: int) -> int:
+    """What stays of so many layers until the backward pass."""
+    config, low = s.config, s.width
     fns = 2 if config.granularity == "branch" else 1
     logsumexp = 4 * s.rows * config.num_heads * s.length
     stored = 2 * 4 * s.streams + low * (2 * s.streams + 2 * s.queries + 2 * s.keys) + logsumexp
@@ -239,13 +245,13 @@ def _kept(s: Sizes, plan: str) -> int:
     if config.positions == "rotary":
         stored += 4 * 4 * s.length * config.head_size // 2
     if isinstance(keep, All):
-        return config.num_layers * stored
+        return num_layers * stored
     if isinstance(keep, Inputs):
-        return -(-config.num_layers // keep.every) * 2 * 4 * s.streams + min(keep.every, config.num_layers) * stored
+        return -(-num_layers // keep.every) * 2 * 4 * s.streams + min(keep.every, num_layers) * stored
     each = fns * s.streams * _kept_bits(config) // 8
     if "attention" in keep.names:
         each += low * s.queries + logsumexp
-    return config.num_layers * each
+    return num_layers * each
 
 
 def _kept_bits(config: DecoderConfig) -> int:
@@ -256,8 +262,7 @@ def _precision(s: Sizes) -> str:
     return "low" if s.width < 4 else "wide"
 
 
-def _manner(plan: str) -> str:
-    keep = parse(plan)
+def _manner(keep: Keep) -> str:
     if isinstance(keep, Reverse):
         return "attention" if keep.names else "nothing"
     return "stored"
@@ -269,7 +274,9 @@ def _work(
     """FLOPs of a step, and the bytes of parameters and their gradients that it moves."""
     tokens = batch_size * sequence_length
     per_token = hardware_flops_per_token(config, sequence_length, plan)
-    passes = 2 if plan == "all" else 3  # over the parameters: forward, again, backward
+    parts = for_runs(plan, [config.num_layers])[0]
+    again = sum(n for n, keep in parts if not isinstance(keep, All)) / config.num_layers
+    passes = 2 + again  # over the parameters: forward, again, backward
     moved = accumulation * 4 * num_params * (passes + (2 if accumulation > 1 else 1))
     tiles = math.ceil(tokens / accumulation / config.loss_tile) * accumulation
     moved += tiles * config.vocab_size * config.d_model * (2 + 2 * 4)  # the kernel, and its gradient so far

@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from .planner import Found
 
 _COLOURS = {"nothing": "#1f5a92", "attention": "#c8501e", "all": "#5b8c3a", "inputs": "#8a4fa0"}
+_PARTS, _PARTS_COLOUR = "different parts", "#b99a3c"
 _GREY = "#666666"
 
 
@@ -21,10 +22,10 @@ def plot_plans(found: Found, path: str | os.PathLike, *, title: str) -> pathlib.
     figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for plan, colour in _COLOURS.items():
-        points = [(c.bytes / unit, c.time / fastest) for c in found.candidates if c.choice.plan == plan]
+    for kind, colour in {**_COLOURS, _PARTS: _PARTS_COLOUR}.items():
+        points = [(c.bytes / unit, c.time / fastest) for c in found.candidates if _kind(c.choice.plan) == kind]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.55, linewidths=0, label=plan)
+            axes.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.55, linewidths=0, label=kind)
     frontier = [(c.bytes / unit, c.time / fastest) for c in found.frontier()]
     axes.plot(*zip(*frontier, strict=True), color=_GREY, linewidth=0.8, drawstyle="steps-pre", zorder=0)
     if found.chosen is not None:
@@ -39,3 +40,7 @@ def plot_plans(found: Found, path: str | os.PathLike, *, title: str) -> pathlib.
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path
+
+
+def _kind(plan: str) -> str:
+    return _PARTS if "," in plan else plan.partition(":")[0]

@@ -11,6 +11,7 @@ Nothing is known here of models or of training: candidates come with predictions
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -78,17 +79,18 @@ def search(
     or another of its plan, said otherwise is not found.
 
     Args:
+      candidates: those whose plans differ in numbers only are of one kind.
       measure: compiles a choice and returns its bytes.
       slack: how far a prediction may lie above the budget and its candidate still be tried.
     """
     known = {c.choice: c for c in sorted(candidates, key=lambda c: (c.time, c.predicted))}
-    off: dict[str, float] = {}  # measured over predicted, by plan
+    off: dict[str, float] = {}  # measured over predicted, by kind of plan
     for candidate in Found(None, tuple(known.values()), budget).frontier():
-        plan = candidate.choice.plan
-        if candidate.predicted * off.get(plan, 1 / (1 + slack)) > budget:
+        kind = re.sub(r"\d+ ?", "", candidate.choice.plan)
+        if candidate.predicted * off.get(kind, 1 / (1 + slack)) > budget:
             continue
         measured = measure(candidate.choice)
-        off[plan] = measured / candidate.predicted
+        off[kind] = measured / candidate.predicted
         known[candidate.choice] = dataclasses.replace(candidate, measured=measured)
         if measured <= budget:
             return Found(known[candidate.choice], tuple(known.values()), budget)

@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from ..core.plan import All, Reverse, for_runs
 from .decoder import Decoder
 from .decoder_config import DecoderConfig
 
@@ -27,10 +28,12 @@ def hardware_flops_per_token(config: DecoderConfig, sequence_length: int, plan: 
 
     That is every layer's forward pass; with `attention`, but for the kernel of attention; with `all`, nothing.
     """
-    again = 0.0 if plan == "all" else layer_forward_flops(config, sequence_length)
-    if plan == "attention":
-        again -= attention_kernel_flops(config, sequence_length)
-    return flops_per_token(config, sequence_length) + config.num_layers * again
+    forward, kernel = layer_forward_flops(config, sequence_length), attention_kernel_flops(config, sequence_length)
+    again = 0.0
+    for num_layers, keep in for_runs(plan, [config.num_layers])[0]:
+        named = isinstance(keep, Reverse) and "attention" in keep.names
+        again += num_layers * (0 if isinstance(keep, All) else forward - kernel if named else forward)
+    return flops_per_token(config, sequence_length) + again
 
 
 def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:

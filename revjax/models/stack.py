@@ -28,7 +28,7 @@ from ..core import (
     reconstruction_error,
     reversible_scan,
 )
-from ..core.plan import Plan, for_runs
+from ..core.plan import Plan, keeps
 
 PyTree = Any
 MakeBlock = Callable[[nnx.Rngs], nnx.Module | Sequence[nnx.Module]]
@@ -58,7 +58,8 @@ class ReversibleStack(nnx.Module):
       num_layers: how many blocks.
       coupling: how increments join the streams, or its name ("near-residual:1"); RevNet() if None; a call may pass
         another.
-      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", or one for each run.
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", different for parts of a run
+        ("40 nothing, 8 all"), or one for each run.
       exact, fraction_bits, constrain: see `revjax.reversible_scan`.
       gather: what one layer's parameters go through before they are used, such as `revjax.sharding.gather_layer(mesh)`.
       rngs: for the parameters. Each layer gets its own.
@@ -118,13 +119,13 @@ class ReversibleStack(nnx.Module):
 
     def _check(self) -> None:
         """Finds what does not fit together before anything is run."""
-        keeps = for_runs(self.plan, len(self.runs))
+        kept = keeps(self.plan, self.lengths)
         FixedPoint(self.fraction_bits)
         if self.exact and not self.coupling.has_exact:
             raise ValueError(
                 f"{type(self.coupling).__name__} has no exact arithmetic: pass exact=False for float streams."
             )
-        if not self.coupling.reversible and any(isinstance(keep, Reverse) for keep in keeps):
+        if not self.coupling.reversible and any(isinstance(keep, Reverse) for keep in kept):
             raise ValueError(
                 f"{type(self.coupling).__name__} has no inverse, so plans 'nothing' and 'attention' cannot rebuild its "
                 "streams. "
@@ -139,7 +140,7 @@ class ReversibleStack(nnx.Module):
     @property
     def reverses(self) -> bool:
         """Whether streams of a run are rebuilt by the inverse."""
-        return any(isinstance(keep, Reverse) for keep in for_runs(self.plan, len(self.runs)))
+        return any(isinstance(keep, Reverse) for keep in keeps(self.plan, self.lengths))
 
     @property
     def names(self) -> list[str]:

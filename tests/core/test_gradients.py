@@ -78,8 +78,8 @@ def test_every_plan_gives_the_same_loss_and_the_same_gradients_to_the_bit(name, 
         loss = lambda p, x: objective(reversible_scan(of(p), x, coupling=COUPLINGS[name], plan=plan))
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
 
-    expected, *others = run("all"), run("nothing"), run("inputs:5"), run(NAMED)
-    for other in others:
+    expected = run("all")
+    for other in map(run, ("nothing", "inputs:5", NAMED, "3 all, inputs:2, 1 nothing, 2 all")):
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -202,7 +202,16 @@ def test_what_is_kept_by_name_is_not_computed_again(plan, is_kept):
 
 @pytest.mark.parametrize(
     "plans",
-    [("nothing", "all"), ("all", "nothing"), ("inputs:2", "nothing"), ("nothing", "inputs"), (NAMED, "all")],
+    [
+        ("nothing", "all"),
+        ("all", "nothing"),
+        ("inputs:2", "nothing"),
+        ("nothing", "inputs"),
+        (NAMED, "all"),
+        ("1 nothing, 3 all", "1 all, 1 inputs"),
+        ("2 all, nothing", "nothing, 1 all"),
+        (core.Parts(((1, NAMED), (None, core.Inputs(2)))), "nothing"),
+    ],
 )
 def test_runs_with_plans_of_their_own_share_one_gradient(plans):
     params, x, side = make_problem(4)

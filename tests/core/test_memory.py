@@ -39,6 +39,15 @@ def test_kept_bits_cost_what_they_say(shift):
     assert bits <= grows <= bits + 8 * checksums
 
 
+def test_parts_of_a_run_cost_what_is_kept_of_them_and_copy_no_parameters():
+    """128 layers with their parameters: a copy of those of 96 would be 6 MB."""
+    alone, both = temp_bytes(128, core.RevNet()), temp_bytes(128, core.RevNet(), "96 nothing, 32 all")
+    stored = temp_bytes(32, core.RevNet(), "all")
+    assert stored < both <= max(alone, stored) + 0.1 * stored
+    of_keyframes = [temp_bytes(128, core.RevNet(), plan) for plan in ("inputs:8", "120 inputs:8, 8 inputs:7")]
+    assert of_keyframes[1] <= 1.05 * of_keyframes[0]
+
+
 def test_keyframes_cost_two_streams_each():
     grows = temp_bytes(128, core.RevNet(), "inputs:4") - temp_bytes(64, core.RevNet(), "inputs:4")
     streams = 64 // 4 * 2 * B * T * D * 4

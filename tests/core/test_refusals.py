@@ -142,7 +142,8 @@ def test_a_coupling_of_ones_own_that_cannot_be_undone_says_what_to_do(coupling, 
 
 def test_caches_run_forward_only():
     run = lambda w: Run(lambda w, x, cache: (f(w, x), {"cache": cache + 1}), w, None, jnp.zeros(3))
-    assert reversible_scan(run(W), X).cache[0][0].tolist() == [1.0, 1.0, 1.0]
+    for plan in ("nothing", "1 all, nothing", "inputs:2"):
+        assert reversible_scan(run(W), X, plan=plan).cache[0][0].tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(TypeError, match="forward only"):
         jax.grad(lambda w: total(run=run(w)))(W)
 
@@ -163,12 +164,26 @@ def test_a_canary_of_the_wrong_shape_is_an_error():
         total(canary=jnp.zeros(3))
 
 
-@pytest.mark.parametrize("text", ["nothin", "inputs:0", "inputs:x", "all:2", "inputs:-1"])
+@pytest.mark.parametrize(
+    "text", ["nothin", "inputs:0", "inputs:x", "all:2", "inputs:-1", "all, nothing", "0 all, nothing", "two all, all"]
+)
 def test_an_unknown_plan_is_an_error(text):
-    with pytest.raises(ValueError, match="A plan is|at least 1"):
+    with pytest.raises(ValueError, match="A plan is|at least 1|A part of a plan is"):
         parse(text)
     with pytest.raises(ValueError, match="2 entries for 1 runs"):
         total(plan=("nothing", "all"))
+
+
+@pytest.mark.parametrize("text, said", [("2 nothing, 2 all", 4), ("2 all", 2), ("4 all, nothing", 4)])
+def test_parts_that_do_not_add_up_are_an_error(text, said):
+    with pytest.raises(ValueError, match=f"is for {said} layers, but there are 3"):
+        total(plan=text)
+
+
+def test_a_plan_of_parts_is_read_as_it_is_written():
+    for text in ("nothing, 8 all", "40 nothing, inputs:4, 8 attention", "3 inputs, 1 all"):
+        assert str(parse(text)) == text
+    assert parse("nothing, 8 all").of(8) == ((8, core.All()),)
 
 
 @pytest.mark.parametrize(
