@@ -1,6 +1,7 @@
 """What a search for a plan came to, in words and as data."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 from ..memory import Choice, Found
@@ -47,9 +48,10 @@ def describe_plan(config: RunConfig, found: Found, sizes: dict[str, str] | None 
         "times (relative), are estimates",
     }
     text = [f"{name:<12} {line}" for name, line in lines.items()]
-    chosen_settings = " ".join(f"--{name}={value}" for name, value in (sizes | settings(chosen.choice)).items())
+    to_write = sizes | settings(chosen.choice)
+    words = " ".join(f"--{name}={shlex.quote(value)}" for name, value in to_write.items())
     no_budget = " --memory.budget=null" if config.memory.budget is not None else ""
-    return "\n".join([*text, "", *table, "", f"{'set':<12} {chosen_settings}{no_budget}"])
+    return "\n".join([*text, "", *table, "", f"{'set':<12} {words}{no_budget}"])
 
 
 def plan_json(config: RunConfig, found: Found, sizes: dict[str, str] | None = None) -> dict[str, Any]:
