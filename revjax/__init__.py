@@ -20,6 +20,7 @@ from .models import Report as Report
 from .models import ReversibleStack as ReversibleStack
 from .models import check as check
 from .models import preset as preset
+from .models import value_and_add_grad as value_and_add_grad
 from .models import value_and_grad as value_and_grad
 
 __version__ = "0.1.0"

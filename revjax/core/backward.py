@@ -24,12 +24,16 @@ from .varying import vary_alike
 PyTree = Any
 
 
-def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents: dict):
-    """Returns the gradients of (params, context, closures), those of the streams, and (N,) rows rebuilt wrong."""
+def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents: dict, sums: tuple | None = None):
+    """Returns the gradients of (params, context, closures), those of the streams, and (N,) rows rebuilt wrong.
+
+    With `sums`, arrays like the parameters, these come back with the gradients of the parameters added to them.
+    """
     params, context, closures = diff
+    put = _put if sums is None else _add_at
     dstreams, streams = cotangents["streams"], None
     dcontext, dclosures = _zeros(context, like=dstreams), _zeros(closures, like=dstreams)
-    dparams: list[Any] = [None] * len(params)
+    dparams: list[Any] = [None] * len(params) if sums is None else list(sums)
     dclosures, wrong = list(dclosures), []
     for i in reversed(range(len(layers.pieces))):
         piece = layers.pieces[i]
@@ -45,15 +49,15 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
             totals = zeros_once_known(partition(params[piece.run])[0], dstreams[1])
         if isinstance(plan, Reverse):
             ((streams, dcarry), totals), wrong_of_fns = _invert_run(
-                layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L
+                layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L, put
             )
         elif isinstance(plan, Inputs):
             start = kept[i]["start"]
             (dcarry, totals), wrong_of_fns = _recompute_run(
-                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, plan.every
+                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, put, plan.every
             )
         else:
-            (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L)
+            (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L, put)
         dstreams, dcontext, dclosure = dcarry
         dclosures[i] = (dclosures[i][0], dclosure) if replay else (dclosure, dclosures[i][1])
         dparams[piece.run] = totals
@@ -61,7 +65,7 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
     return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong[::-1])
 
 
-def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
+def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, put):
     """Rebuilds x[l-1] from x[l] and x[l+1]; one evaluation of f serves the inverse and the gradient."""
 
     def invert(carry, inputs, daux, fn, closure):
@@ -80,7 +84,8 @@ def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
             dcarry, dparams = _pull(layers, fn, args, f.leaves, step_vjp, dcarry, daux, zero)
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
-    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, (inputs_L, daux_L), layers.pieces[i].length)
+    xs_L, length = (inputs_L, daux_L), layers.pieces[i].length
+    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, xs_L, length, put)
 
 
 def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, unstep, dcarry, inputs):
@@ -94,13 +99,13 @@ def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, u
     return unstep(jax.lax.optimization_barrier(fx)), dcarry, dparams
 
 
-def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L):
+def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, put):
     """Every activation was stored."""
     read = lambda dcarry, inputs, daux, fn, closure: _read(layers, shared, dcarry, inputs, daux, fn, closure)
-    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.pieces[i].length)
+    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.pieces[i].length, put)
 
 
-def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, every: int):
+def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, put, every: int):
     """From each keyframe: `every` layers forward, storing their activations, and back."""
     fns = layers.replays[i]
 
@@ -114,7 +119,7 @@ def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_
             dcarry, (dparams, _) = _read(layers, shared, dcarry, inputs, daux, fn, closure)
             return dcarry, (dparams, _differ(inputs["again"], inputs["end_sum"]))
 
-        return _reverse_scan(layers, fns, shared, read, carry, (inputs_L, daux_L), every)
+        return _reverse_scan(layers, fns, shared, read, carry, (inputs_L, daux_L), every, put)
 
     xs = (start, *forward.in_segments((inputs_L, daux_L), every))
     carry, wrong = jax.lax.scan(segment, carry, xs, reverse=True, length=layers.pieces[i].length // every)
@@ -130,10 +135,10 @@ def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
     return dcarry, (dparams, jnp.zeros(()))
 
 
-def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
+def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int, put):
     """Undoes each period, last f first.
 
-    The carry is that of `undo`, and the gradients of the whole run's parameters, in which each layer writes its own.
+    The carry is that of `undo`, and the gradients of the whole run's parameters, into which each layer puts its own.
     Returns the carry, and for each f of a period how many rows were rebuilt wrong (L, ...).
     """
 
@@ -143,7 +148,7 @@ def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
         steps = zip(fns, shared["closures"], forward.with_params(shared, inputs), daux, strict=True)
         for j, (fn, closure, inputs, daux) in reversed(list(enumerate(steps))):
             carry, (dparams, wrong_rows) = undo(carry, inputs, daux, fn, closure)
-            totals[j] = jax.tree.map(functools.partial(_put, inputs["layer"]), totals[j], dparams)
+            totals[j] = jax.tree.map(functools.partial(put, inputs["layer"]), totals[j], dparams)
             wrong.append(wrong_rows)
         return (carry, tuple(totals)), tuple(wrong[::-1])
 
@@ -152,6 +157,11 @@ def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int):
 
 def _put(i: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), i, 0)
+
+
+def _add_at(i: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
+    there = jax.lax.dynamic_index_in_dim(whole, i, 0, keepdims=False)
+    return _put(i, whole, there + part.astype(whole.dtype))
 
 
 def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux, zero):

@@ -91,6 +91,7 @@ def reversible_scan(
     shared: PyTree = None,
     context: PyTree = None,
     canary: jax.Array | None = None,
+    grad_sums: Sequence[PyTree] | None = None,
     exact: bool = True,
     fraction_bits: int = 16,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
@@ -114,6 +115,9 @@ def reversible_scan(
         rebuilt to the bit (0, or the other gradients are not to be trusted), how many elements were unsafe,
         and the largest |x| after it. Where gradients are summed (vmap, shard_map, a stack that is called
         twice), so are these.
+      grad_sums: for each run, arrays like the floats of its `params_L`, to which the gradients of these are added
+        where they are: its gradient is itself plus those, which are then told to be 0. For sums over micro-batches,
+        without a second array for the gradients of one. Not where gradients are summed (see `canary`).
       exact: int32 fixed-point streams. False: float streams in the dtype of x, whose inverse drifts.
       fraction_bits: the grid of the exact streams, 2**-fraction_bits.
       constrain: applied to every stream, rebuilt ones and their cotangents too
@@ -138,30 +142,35 @@ def reversible_scan(
     elif canary.shape != (num_fns, 3):
         raise ValueError(f"canary must have shape ({num_fns}, 3), one row for each f, but got {canary.shape}.")
     canary = vary_alike(canary, like=streams)
+    grad_sums = None if grad_sums is None else _like_params(tuple(grad_sums), diff[0])
     if problem.has_cache:
         diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
         return _result(forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem)
 
     @jax.custom_vjp
-    def core(diff, streams, rest, canary):
+    def core(diff, streams, rest, canary, grad_sums):
         return forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0]
 
-    def core_fwd(diff, streams, rest, canary):
+    def core_fwd(diff, streams, rest, canary, grad_sums):
         out, kept = forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=True)
         corner = jax.tree.map(lambda x: x[(0,) * x.ndim], streams)  # a float of x: what is kept of it are integers
-        return out, (diff, rest, kept, out["unsafe"], out["max_abs"], corner)  # what is kept: see forward.run
+        # what is kept: see forward.run
+        return out, (diff, rest, kept, out["unsafe"], out["max_abs"], corner, grad_sums)
 
     def core_bwd(residuals, cotangents):
-        diff, rest, kept, unsafe, max_abs, corner = residuals
+        diff, rest, kept, unsafe, max_abs, corner, grad_sums = residuals
         diff, cotangents, _ = refuse_gradient((diff, cotangents, corner), FIRST_ORDER_ONLY)
-        ddiff, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents)
+        ddiff, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents, grad_sums)
+        sums = None
+        if grad_sums is not None:
+            sums, ddiff = ddiff[0], (jax.tree.map(jnp.zeros_like, diff[0]), *ddiff[1:])
         ddiff = jax.tree.map(lambda d, a: d.astype(a.dtype), partition(ddiff)[0], diff)
         dstreams = jax.tree.map(lambda d, a: d.astype(a.dtype), dstreams, problem.streams)
-        return ddiff, dstreams, None, jnp.stack([wrong, jnp.sum(unsafe, 1), jnp.max(max_abs, 1)], axis=1)
+        return ddiff, dstreams, None, jnp.stack([wrong, jnp.sum(unsafe, 1), jnp.max(max_abs, 1)], axis=1), sums
 
     core.defvjp(core_fwd, core_bwd)
     try:
-        out = core(diff, streams, rest, canary)
+        out = core(diff, streams, rest, canary, grad_sums)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -223,6 +232,16 @@ def _indices(start: int, length: int) -> jax.Array:
     if length > 1:
         return jnp.arange(start, start + length, dtype=jnp.int32)
     return start + jax.lax.rng_uniform(np.float32(0), np.float32(1), (1,)).astype(jnp.int32)
+
+
+def _like_params(grad_sums: tuple, params: tuple) -> tuple:
+    shapes = lambda tree: [a.shape for a in jax.tree.leaves(tree)]
+    if jax.tree.structure(grad_sums) != jax.tree.structure(params) or shapes(grad_sums) != shapes(params):
+        raise ValueError(
+            "grad_sums must have, for each run, one array for each float of its params_L, of the same shape, in the "
+            f"same structure, but got {jax.tree.map(lambda a: a.shape, grad_sums)}."
+        )
+    return grad_sums
 
 
 def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:

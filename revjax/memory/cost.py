@@ -73,20 +73,21 @@ def step_cost(
     sizes = Sizes(config, rows, sequence_length)
     parts = for_runs(plan, [config.num_layers])[0]
     kept_of_parts = [_kept(sizes, keep, num_layers) for num_layers, keep in parts]
-    gradients = jnp.dtype(config.param_dtype).itemsize * num_params
+    gradients, sums = jnp.dtype(config.param_dtype).itemsize * num_params, 0
+    if accumulation > 1:  # in fp32, and beside them the gradients of one micro-batch, but for those of layers
+        sums = 4 * num_params
+        gradients = sums + 4 * config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     kept = sum(kept_of_parts)
     moments = {
-        "loss": kept + _loss(sizes),
+        "loss": kept + sums + _loss(sizes),
         "attention": 0,
         "MLP": 0,
-        "update": gradients + sizes.largest_layer_parameter,
+        "update": jnp.dtype(config.param_dtype).itemsize * num_params + sizes.largest_layer_parameter,
     }
     for i, (_, keep) in enumerate(parts):  # those after it are done, and what they kept is free
         there = sum(kept_of_parts[: i + 1]) + gradients
         moments["attention"] = max(moments["attention"], there + _attention(sizes, _manner(keep)))
         moments["MLP"] = max(moments["MLP"], there + _mlp(sizes, _manner(keep)))
-    if accumulation > 1:  # the sum over micro-batches, beside the gradients of one
-        moments = {name: n + 4 * num_params * (name != "update") for name, n in moments.items()}
     flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params)
     balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
     time = flops + balance * moved

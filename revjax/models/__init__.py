@@ -11,6 +11,7 @@ from .decoder import Decoder as Decoder
 from .decoder_config import DecoderConfig as DecoderConfig
 from .gradients import Report as Report
 from .gradients import stacks_of as stacks_of
+from .gradients import value_and_add_grad as value_and_add_grad
 from .gradients import value_and_grad as value_and_grad
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset

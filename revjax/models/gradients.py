@@ -1,15 +1,17 @@
 """`value_and_grad`: as `jax.value_and_grad`, over a module's parameters, with a report of the backward pass."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 from jax.core import Tracer
 
-from .stack import Canary, MutatedVariableError, ReversibleStack, variables
+from .stack import CalledAgainError, Canary, MutatedVariableError, ReversibleStack, variables
 
 PyTree = Any
 
@@ -82,6 +84,25 @@ def _overflow_advice(stack: ReversibleStack) -> str:
     )
 
 
+def _refuse_other_than_module(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"The first argument must be an nnx.Module, but got {type(model).__name__}. For pure functions, use "
+            "jax.value_and_grad, and pass `canary` to reversible_scan."
+        )
+
+
+def _call(loss_fn: Callable, model: nnx.Module, *args, **kwargs):
+    before = variables(model)
+    value = loss_fn(model, *args, **kwargs)
+    _refuse_lost_state(model, before)
+    return value
+
+
+def _report(dcanaries: nnx.State) -> Report:
+    return Report({".".join(map(str, path[:-1])): variable[...] for path, variable in nnx.to_flat_state(dcanaries)})
+
+
 def _refuse_lost_state(model: nnx.Module, before: dict[Any, Any]) -> None:
     changed = [".".join(map(str, p)) for p, value in variables(model).items() if value is not before.get(p)]
     if changed:
@@ -119,22 +140,64 @@ def value_and_grad(loss_fn: Callable, *, has_aux: bool = False, wrt: Any = nnx.P
     """
 
     def with_report(model: nnx.Module, *args, **kwargs):
-        if not isinstance(model, nnx.Module):
-            raise TypeError(
-                f"The first argument must be an nnx.Module, but got {type(model).__name__}. For pure functions, use "
-                "jax.value_and_grad, and pass `canary` to reversible_scan."
-            )
+        _refuse_other_than_module(model)
         graphdef, canaries, params, rest = nnx.split(model, Canary, wrt, ...)
 
         def pure(params, canaries):
             merged = nnx.merge(graphdef, canaries, params, rest, copy=True)
-            before = variables(merged)
-            value = loss_fn(merged, *args, **kwargs)
-            _refuse_lost_state(merged, before)
-            return value
+            return _call(loss_fn, merged, *args, **kwargs)
 
         value, (grads, dcanaries) = jax.value_and_grad(pure, argnums=(0, 1), has_aux=has_aux)(params, canaries)
-        flat = {".".join(map(str, path[:-1])): variable[...] for path, variable in nnx.to_flat_state(dcanaries)}
-        return (value, Report(flat)), grads
+        return (value, _report(dcanaries)), grads
 
     return with_report
+
+
+def value_and_add_grad(loss_fn: Callable, *, has_aux: bool = False) -> Callable:
+    """As `value_and_grad`, for sums over micro-batches: of `(model, sums, *args, **kwargs)`.
+
+    Returns `((value, report), sums + grads)`; `sums` is like `grads`, in float32 or wider. The gradients of a stack's
+    layers are added one by one where the sums are, so that those of a micro-batch never exist as a whole. (Not where
+    the loss calls a stack twice, or in a loop or under another transformation: there they are added afterwards.)
+    """
+
+    def with_report(model: nnx.Module, sums: nnx.State, *args, **kwargs):
+        _refuse_other_than_module(model)
+        try:
+            return _added_in_place(loss_fn, has_aux, model, sums, *args, **kwargs)
+        except (CalledAgainError, errors.TraceContextError):
+            found, grads = value_and_grad(loss_fn, has_aux=has_aux)(model, *args, **kwargs)
+            return found, jax.tree.map(_add, sums, grads)
+
+    return with_report
+
+
+def _added_in_place(loss_fn, has_aux, model, sums, *args, **kwargs):
+    paths = list(_outermost_stacks(model))
+    of_layers = lambda path, _: any(path[: len(stack) + 1] == (*stack, "runs") for stack in paths)
+    graphdef, canaries, layers, params, rest = nnx.split(model, Canary, nnx.All(nnx.Param, of_layers), nnx.Param, ...)
+    sums_of_layers, sums_of_params = nnx.split_state(sums, of_layers, ...)
+
+    def pure(layers, params, canaries, sums_of_layers):
+        merged = nnx.merge(graphdef, canaries, layers, params, rest, copy=True)
+        for path, stack in _outermost_stacks(merged).items():
+            runs = functools.reduce(operator.getitem, (*path, "runs"), sums_of_layers)
+            stack.grad_sums = nnx.data(tuple(jax.tree.leaves(runs[i]) for i in range(len(stack.runs))))
+        return _call(loss_fn, merged, *args, **kwargs)
+
+    given = layers, params, canaries, sums_of_layers
+    value, grads = jax.value_and_grad(pure, argnums=(0, 1, 2, 3), has_aux=has_aux)(*given)
+    dlayers, dparams, dcanaries, new_sums = grads
+    new_sums = jax.tree.map(_add, new_sums, dlayers)  # 0, but for what the loss does with them beside
+    new_params = jax.tree.map(_add, sums_of_params, dparams)
+    return (value, _report(dcanaries)), nnx.merge_state(new_sums, new_params)
+
+
+def _outermost_stacks(model: nnx.Module) -> dict[tuple, ReversibleStack]:
+    """The stacks of `model` that stand in no other one, by path."""
+    stacks = {tuple(path): node for path, node in nnx.iter_graph(model) if isinstance(node, ReversibleStack)}
+    return {p: s for p, s in stacks.items() if not any(p != q and p[: len(q)] == q for q in stacks)}
+
+
+def _add(total: jax.Array, more: jax.Array) -> jax.Array:
+    return total + more.astype(total.dtype)

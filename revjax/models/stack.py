@@ -42,6 +42,10 @@ class Canary(nnx.Variable):
     """Zeros whose gradient tells how the backward pass went; `revjax.value_and_grad` reads it. Not a parameter."""
 
 
+class CalledAgainError(Exception):
+    """A stack that was given sums for its gradients is called more than once."""
+
+
 class ReversibleStack(nnx.Module):
     """A stack of NNX blocks that stores no activations.
 
@@ -74,6 +78,8 @@ class ReversibleStack(nnx.Module):
       >>> stack(jnp.ones((2, 16, 64))).shape
       (2, 16, 64)
     """
+
+    grad_sums: Any = None  # what the next call adds its parameters' gradients to: see `value_and_add_grad`
 
     def __init__(
         self,
@@ -184,7 +190,19 @@ class ReversibleStack(nnx.Module):
         evaluated = self.coupling.reversible and not given["coupling"].reversible
         if plan is None:  # an ensemble that is evaluated is an ordinary network, without an inverse
             plan = "inputs" if evaluated and self.reverses else self.plan
-        return reversible_scan(**given, plan=plan, canary=self.canary[...], constrain=self.constrain)
+        sums = self._take_grad_sums(given["runs"])
+        return reversible_scan(**given, plan=plan, canary=self.canary[...], grad_sums=sums, constrain=self.constrain)
+
+    def _take_grad_sums(self, runs: Sequence[Run]) -> list[PyTree] | None:
+        """They are for one call only, and for one where they were given: in a loop nnx refuses the assignment."""
+        if self.grad_sums is None:
+            return None
+        sums, self.grad_sums = self.grad_sums, nnx.data(())
+        if not sums:
+            raise CalledAgainError
+        return [
+            jax.tree.unflatten(jax.tree.structure(run.params_L), leaves) for run, leaves in zip(runs, sums, strict=True)
+        ]
 
     def reconstruction_error(self, x, *, key=None, context=None, coupling=None, **side) -> jax.Array:
         """Runs the stack forward and back: the largest error of the stream before each f, (N,). 0 where exact."""

@@ -12,7 +12,6 @@ Tiles run along T and hold the whole batch, so that a sharded batch stays where 
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -117,10 +116,14 @@ def _add_product(total_VD, dlogits_BtV, x_BtD):
     def add_in_parts(total, dlogits):
         """On a CPU the product exists beside the sum, so there it is one of a part of the vocabulary."""
         vocab_size = total.shape[0]
-        parts = min(8, -(-4 * total.size // _PRODUCT_BYTES))
-        for start, stop in itertools.pairwise(vocab_size * i // parts for i in range(parts + 1)):
-            total = total.at[start:stop].set(add(total[start:stop], dlogits[..., start:stop]))
-        return total
+        wanted = min(8, -(-4 * total.size // _PRODUCT_BYTES))
+        size = next(vocab_size // n for n in range(wanted, 0, -1) if vocab_size % n == 0)
+
+        def part(i, total):
+            some = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+            return jax.lax.dynamic_update_slice_in_dim(total, add(some(total, 0), some(dlogits, 2)), i * size, 0)
+
+        return jax.lax.fori_loop(0, vocab_size // size, part, total) if size < vocab_size else add(total, dlogits)
 
     return jax.lax.platform_dependent(total_VD, dlogits_BtV, cpu=add_in_parts, default=add)
 

@@ -63,7 +63,11 @@ class Skeleton:
 
     def merge(self, params: Nested) -> nnx.Module:
         """The module with these parameters. Works under `jax.jit`, and with abstract arrays."""
-        return nnx.merge(self.graphdef, _filled(self.params, params), self.rest, copy=True)
+        return nnx.merge(self.graphdef, self.as_state(params), self.rest, copy=True)
+
+    def as_state(self, nested: Nested) -> nnx.State:
+        """What has the structure of the parameters (they themselves, gradients) as flax has it."""
+        return _filled(self.params, nested)
 
     @property
     def abstract(self) -> nnx.Module:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ..models.gradients import value_and_grad
+from ..models.gradients import value_and_add_grad, value_and_grad
 from .loss_scale import next_loss_scale
 from .norms import KnownNorm, global_norm
 from .spikes import find_spike
@@ -70,9 +70,12 @@ def make_train_step(
         scale = state.loss_scale.get("scale", 1.0)
         grads, (total, weight, more), report = sums(state.params, batch, key, scale)
         weight = jnp.where(weight == 0, 1, weight)
-        # The norm is taken before the division, which then needs no second array: it is part of the update.
-        value, grad_norm = total / weight, global_norm(grads) / (weight * scale)
-        grads = jax.tree.map(lambda g: (g / (weight * scale)).astype(g.dtype), grads)
+        # The norm is taken before the division, which then needs no second array: it is part of the update. So that XLA
+        # keeps that order, the divisor seems to depend on the norm, which is never below 0.
+        norm = global_norm(grads)
+        divisor = jnp.where(norm < 0, norm, weight * scale)
+        value, grad_norm = total / weight, norm / divisor
+        grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), grads)
 
         is_finite, spike, after = jnp.isfinite(grad_norm), jnp.bool(False), {}
         trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value)
@@ -133,14 +136,22 @@ def step_compiler_options(backend: str) -> dict[str, bool]:
 
 
 def _gradient_sums(skeleton: Skeleton, loss: Loss) -> Callable:
-    """(params, batch, key, scale) -> (d (scale loss_sum) / d params, (loss_sum, weight_sum, more sums), report)."""
+    """(params, batch, key, scale) -> (d (scale loss_sum) / d params, (loss_sum, weight_sum, more sums), report).
 
-    def sums(params, batch, key, scale):
+    With `so_far`, gradients come added to these.
+    """
+
+    def sums(params, batch, key, scale, so_far=None):
         def scaled(model):
             total, weight, *more = loss(model, batch, key)
             return total * scale, (total, jnp.asarray(weight, jnp.float32), *(more or [{}]))
 
-        ((_, summed), report), grads = value_and_grad(scaled, has_aux=True)(skeleton.merge(params))
+        model = skeleton.merge(params)
+        if so_far is None:
+            ((_, summed), report), grads = value_and_grad(scaled, has_aux=True)(model)
+        else:
+            so_far = skeleton.as_state(so_far)
+            ((_, summed), report), grads = value_and_add_grad(scaled, has_aux=True)(model, so_far)
         return to_nested(grads), summed, report
 
     return sums
@@ -162,8 +173,7 @@ def _accumulated(sums: Callable, n: int) -> Callable:
 
         def add(carry, inputs):
             micro_batch, i = inputs
-            grads, summed, report = sums(params, micro_batch, jax.random.fold_in(key, i), scale)
-            grads = jax.tree.map(lambda total, g: total + wide(g), carry[0], grads)
+            grads, summed, report = sums(params, micro_batch, jax.random.fold_in(key, i), scale, so_far=carry[0])
             return (grads, jax.tree.map(jnp.add, carry[1], summed), carry[2].merged(report)), None
 
         one = jax.tree.map(lambda x: x[0], micro_batches)

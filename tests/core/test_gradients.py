@@ -267,3 +267,28 @@ def test_an_affine_coupling_from_outside_the_package():
     with pytest.raises(TypeError, match="exact=False"):
         loss_exact = lambda w: objective(reversible_scan(Run(f, w), x, coupling=Affine()))
         loss_exact(weights)
+
+
+@pytest.mark.parametrize("plans", ["nothing", "all", ("inputs:2", "1 nothing, 1 all")])
+def test_gradients_are_added_to_sums_where_they_are(plans):
+    params, x, _ = make_problem(4)
+    runs = lambda p: [Run((f32_mix, f32_swish), jax.tree.map(lambda a, i=i: a[2 * i : 2 * i + 2], p)) for i in (0, 1)]
+    sums = [jax.tree.map(lambda a: jax.random.normal(jax.random.key(7), a.shape), run.params_L) for run in runs(params)]
+    loss = lambda p, x, sums: objective(reversible_scan(runs(p), x, plan=plans, grad_sums=sums))
+    dparams, dx = jax.jit(jax.grad(loss, (0, 1)))(params, x, None)
+    zeros, dx_too, added = jax.jit(jax.grad(loss, (0, 1, 2)))(params, x, sums)
+    np.testing.assert_array_equal(dx_too, dx)
+    assert not any(map(np.any, jax.tree.leaves(zeros)))
+    for run, got, before in zip(runs(dparams), added, sums, strict=True):
+        for new, d, old in zip(
+            jax.tree.leaves(got), jax.tree.leaves(run.params_L), jax.tree.leaves(before), strict=True
+        ):
+            np.testing.assert_array_equal(new, old + d)
+
+
+def test_sums_that_are_not_like_the_parameters_are_an_error():
+    params, x, _ = make_problem(4)
+    run = Run((f32_mix, f32_swish), params)
+    for wrong in ([params, params], [params[:1]], [jax.tree.map(lambda a: a[:2], params)]):
+        with pytest.raises(ValueError, match="grad_sums must have, for each run, one array for each float"):
+            reversible_scan(run, x, grad_sums=wrong)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -300,3 +301,61 @@ def test_a_coupling_may_be_its_name_and_a_block_must_not_be_made_already():
     assert stack.coupling == revjax.NearResidual(2)
     with pytest.raises(TypeError, match="a function of rngs that makes a block, but got a Convolution that is made"):
         revjax.ReversibleStack(Convolution(nnx.Rngs(0)), num_layers=2, rngs=nnx.Rngs(0))
+
+
+class Around(nnx.Module):
+    """A model with parameters before its stack, which stands in a list."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(D, D, rngs=rngs)
+        self.stacks = nnx.List([revjax.ReversibleStack(Convolution, num_layers=3, rngs=rngs)])
+
+
+def once(model, x):
+    return jnp.mean(model.stacks[0](model.first(x)) ** 2)
+
+
+def twice(model, x):
+    return once(model, model.stacks[0](x))
+
+
+def in_a_loop(model, x):
+    return jax.lax.scan(lambda x, _: (model.stacks[0](x), None), model.first(x), None, length=2)[0].mean()
+
+
+def in_a_jit(model, x):
+    return jax.jit(lambda x: once(model, x))(x)
+
+
+def with_a_penalty(model, x):
+    return once(model, x) + sum(jnp.sum(p**2) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("loss", [once, twice, in_a_loop, in_a_jit, with_a_penalty])
+def test_gradients_are_added_to_those_so_far_however_the_stack_is_called(loss):
+    model = Around(nnx.Rngs(0))
+    found, grads = jax.jit(revjax.value_and_grad(loss))(model, X)
+    sums = jax.tree.map(lambda g: jax.random.normal(jax.random.key(g.size), g.shape), grads)
+    found_too, added = jax.jit(revjax.value_and_add_grad(loss))(model, sums, X)
+    assert jax.tree.structure(added) == jax.tree.structure(grads)
+    for one, other in zip(jax.tree.leaves(found_too), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tolerance = 0 if loss is not with_a_penalty else 1e-6  # there, three numbers are added in another order
+    for new, old, grad in zip(*map(jax.tree.leaves, (added, sums, grads)), strict=True):
+        np.testing.assert_allclose(new, old + grad, rtol=0, atol=tolerance * float(jnp.max(jnp.abs(new))))
+
+
+def test_a_sum_of_gradients_needs_no_room_for_those_of_one_part():
+    stack = nnx.eval_shape(lambda: revjax.ReversibleStack(Convolution, num_layers=64, rngs=nnx.Rngs(0)))
+    sums, loss = nnx.state(stack, nnx.Param), lambda stack, x: jnp.mean(stack(x) ** 2)
+
+    def add_after(stack, sums, x):
+        found, grads = revjax.value_and_grad(loss)(stack, x)
+        return found, jax.tree.map(jnp.add, sums, grads)
+
+    def temporary(f):
+        lowered = jax.jit(f, donate_argnums=1).lower(stack, sums, X[:1, :1])
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    one_copy = sum(4 * p.size for p in jax.tree.leaves(sums))
+    assert temporary(add_after) > one_copy > 2 * temporary(revjax.value_and_add_grad(loss))
