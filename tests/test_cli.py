@@ -235,6 +235,7 @@ def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
     assert cli.main(["profile", TINY, f"--run.folder={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert "at the highest point, in the backward loop; XLA reserves" in out and "revjax/nn/flash.py:" in out
+    assert re.search(r"^advice .*\n +--\S+ +-\S+ .B +1\.\d\d of the time$", out, re.M)
     folder = tmp_path / "profiles" / "tiny"
     assert (folder / "memory.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "memory.json").read_text())["temp_bytes"] > 0

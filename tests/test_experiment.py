@@ -80,6 +80,29 @@ def test_a_budget_is_settled_once_and_a_run_keeps_what_it_came_to(text, tmp_path
     assert not (tmp_path / "b").exists()
 
 
+def test_advice_names_settings_that_do_what_it_says(text, tmp_path):
+    """The compiled step is smaller where advice says so, and what a step has already is not advised."""
+    basic = ["--model.d_model=64", "--data.sequence_length=128", "--data.batch_size=4", "--memory.plan=all"]
+    config = configure(text, tmp_path, *basic)
+    devices = experiment.Devices.of(config)
+    program = experiment.Program.of(config, devices)
+    now = experiment.bytes_of_step(program.compile())
+    found = {s.setting: s for s in experiment.suggestions(config, program.shapes, devices)}
+    assert "--memory.plan=all" not in found
+    for setting in ("--memory.plan=nothing", "--memory.accumulation=2", "--optimizer.moment_dtype=bfloat16"):
+        other = experiment.bytes_of_step(
+            experiment.Program.of(configure(text, tmp_path, *basic, setting), devices).compile()
+        )
+        assert found[setting].bytes < 0 and other < now
+        assert 0.5 <= found[setting].bytes / (other - now) <= 2
+    assert found["--memory.accumulation=2"].time > 1 == found["--optimizer.moment_dtype=bfloat16"].time
+    smallest = ["--memory.plan=nothing", "--memory.accumulation=4", "--optimizer.moment_dtype=bfloat16"]
+    config = configure(text, tmp_path, *basic, *smallest)
+    found = experiment.suggestions(config, experiment.Program.of(config, devices).shapes, devices)
+    assert all(s.bytes > 0 and s.time < 1 for s in found)
+    assert "no single setting" in experiment.describe_suggestions([])
+
+
 def test_a_run_leaves_what_it_says(finished):
     config, _, result = finished
     folder = config.run.path

@@ -54,6 +54,7 @@ def profile(argv: list[str]) -> int:
             (folder / "time.json").write_text(json.dumps(times.to_json()) + "\n")
     except OSError as e:
         raise ConfigError(f"Cannot write to {folder} (--output): {e.strerror}.") from None
+    print(f"\n{experiment.describe_suggestions(experiment.suggestions(config, ready.state, ready.devices))}\n")
     files = ["memory.png", "memory.json"] + ["time.png", "time.json", "trace.json.gz"] * with_time
     print(f"{'results':<12} {folder}/: {', '.join(files)}")
     return 0

@@ -3,6 +3,9 @@
 config  ->  build: text, model, optimizer, compiled step  ->  run: trains in runs/NAME/
 """
 
+from .advice import Suggestion as Suggestion
+from .advice import describe_suggestions as describe_suggestions
+from .advice import suggestions as suggestions
 from .build import Experiment as Experiment
 from .build import build as build
 from .build import check_model as check_model

@@ -17,9 +17,9 @@ import jax
 from ..core import parse_coupling
 from ..errors import ConfigError, nearest
 from ..logging import get_logger
-from ..memory import Candidate, Choice, Found, budget_bytes, knee, known_hardware, search, step_cost
+from ..memory import Candidate, Choice, Cost, Found, budget_bytes, knee, known_hardware, search, step_cost
 from ..memory import largest as largest_size
-from ..training import read_config
+from ..training import TrainState, read_config
 from .config import RunConfig
 from .devices import Devices
 from .plan_report import describe_choice, in_bytes
@@ -163,7 +163,6 @@ def _as_chosen(candidate: Candidate, options: list[Candidate], measure) -> Found
 def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candidate]:
     """Every step that may be chosen for `config`, with predictions of its time and bytes."""
     devices = Devices.of(config)
-    balance = None if hardware is None else known_hardware(hardware).balance
     with_plan = lambda name: dataclasses.replace(config, memory=dataclasses.replace(config.memory, plan=name))
     reversible = parse_coupling(config.model.coupling).reversible
     levels = ["nothing", "attention", "all"] if reversible else ["inputs", "all"]  # each keeps more than the one before
@@ -174,25 +173,27 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
         shapes = Program.of(with_plan("nothing"), devices).shapes
     plans = levels + _in_parts(levels, config.model.num_layers)
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
-    of_params = sum(math.prod(_on_device(x)) for x in jax.tree.leaves(shapes.params))
-    state = sum(math.prod(_on_device(x)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
-        tokens = rows * length // accumulation
-        for loss_tile in _halvings(min(config.model.loss_tile, tokens), _SMALLEST_TILE):
-            for mlp_chunk in _chunks(config):
-                model = dataclasses.replace(config.model, loss_tile=loss_tile, mlp_chunk=mlp_chunk)
+        for loss_tile in tiles(config, rows * length // accumulation):
+            for mlp_chunk in chunks(config):
                 for name in plans:
-                    cost = step_cost(
-                        model,
-                        rows,
-                        length,
-                        plan=name,
-                        accumulation=accumulation,
-                        num_params=of_params,
-                        state_bytes=state,
-                        balance=balance,
-                    )
-                    yield Candidate(Choice(name, accumulation, loss_tile, mlp_chunk), cost.time, cost.bytes)
+                    choice = Choice(name, accumulation, loss_tile, mlp_chunk)
+                    cost = cost_of(with_choice(config, choice), shapes, devices, hardware)
+                    yield Candidate(choice, cost.time, cost.bytes)
+
+
+def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: str | None = None) -> Cost:
+    """What a step of `config` costs on one device, as counted by hand. `shapes` are those of its state."""
+    return step_cost(
+        config.model,
+        config.data.batch_size // devices.count,
+        config.data.sequence_length,
+        plan=config.memory.plan,
+        accumulation=config.memory.accumulation,
+        num_params=sum(on_device(x) for x in jax.tree.leaves(shapes.params)),
+        state_bytes=sum(on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
+        balance=None if hardware is None else known_hardware(hardware).balance,
+    )
 
 
 def _in_parts(levels: list[str], num_layers: int) -> list[str]:
@@ -201,7 +202,18 @@ def _in_parts(levels: list[str], num_layers: int) -> list[str]:
     return [f"{less}, {n} {more}" for less, more in itertools.pairwise(levels) for n in numbers]
 
 
-def _chunks(config: RunConfig) -> list[int | None]:
+def on_device(x: jax.ShapeDtypeStruct) -> int:
+    """How many elements of an array one device holds."""
+    return math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
+
+
+def tiles(config: RunConfig, tokens: int) -> list[int]:
+    """How many of `tokens` tokens may have logits at one time: as many as the config says, or fewer."""
+    return _halvings(min(config.model.loss_tile, tokens), _SMALLEST_TILE)
+
+
+def chunks(config: RunConfig) -> list[int | None]:
+    """How many tokens may have a hidden layer of the MLP at one time: as many as the config says, or fewer."""
     if config.model.granularity == "block":
         return [None]
     longest = config.model.mlp_chunk or config.data.sequence_length
@@ -223,8 +235,3 @@ def _measured(config: RunConfig, devices: Devices) -> int:
 
 def _choice_of(config: RunConfig) -> Choice:
     return Choice(config.memory.plan, config.memory.accumulation, config.model.loss_tile, config.model.mlp_chunk)
-
-
-def _on_device(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The shape of the part of an array that one device holds."""
-    return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
