@@ -311,7 +311,7 @@ def test_a_batch_of_trouble_can_be_had_again_as_the_docs_say(finished, tmp_path)
     docs = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "line[" in block]
     found = {}
-    code = code.replace('"runs/deeper"', repr(str(tmp_path)))
+    code = code.replace('"runs/quickstart"', repr(str(tmp_path)))
     exec(code, found)
     assert np.array_equal(found["batch"]["tokens"], ready.batches.batch(3)["tokens"])
     (tmp_path / "trouble.jsonl").write_text("")
@@ -522,6 +522,13 @@ def test_what_a_run_left_before_its_first_step_is_no_run(text, tmp_path):
 def test_a_config_that_cannot_work_as_a_whole_is_refused(text, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         configure(text, tmp_path, *settings)
+
+
+def test_a_step_that_no_device_holds_is_refused_before_it_is_compiled(text, tmp_path, caplog):
+    config = configure(text, tmp_path, "--data.batch_size=10000000", "--data.sequence_length=100000")
+    with pytest.raises(ConfigError, match="needs about [0-9,.]+ GB on each device, and .* GB are free"):
+        experiment.build(config)
+    assert list(tmp_path.iterdir()) == [] and "compiling" not in caplog.text
 
 
 def test_a_vocabulary_that_does_not_hold_the_text_is_refused(text, tmp_path):

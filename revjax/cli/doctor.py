@@ -2,6 +2,7 @@
 
 from .. import experiment
 from ..errors import ConfigError
+from ..logging import get_logger, setup
 from .words import take
 
 USAGE = "revjax doctor"
@@ -18,6 +19,8 @@ def doctor(argv: list[str]) -> int:
         return 0
     if argv:
         raise ConfigError(f"Unexpected {argv[0]!r}. Write: {USAGE}")
+    setup()
+    get_logger(__name__).info("looking whether a small model is exact here (half a minute)")
     text, problems = experiment.doctor()
     print(text)
     return 1 if problems else 0

@@ -18,6 +18,7 @@ from ..data import Batches, Corpus, Tokenizer, find_texts, load_corpus, load_tok
 from ..errors import ConfigError, DamagedCheckpointError, DataError
 from ..generation.decode import check_prompt
 from ..logging import get_logger
+from ..memory import device_bytes
 from ..models import CheckReport, Decoder, check
 from ..training import (
     RunFolder,
@@ -31,8 +32,11 @@ from ..training import (
 )
 from .config import FREE, RunConfig
 from .devices import Devices
-from .planning import planned
+from .plan_report import in_bytes
+from .planning import cost_of, planned
 from .program import Program, next_token_loss
+
+_HOPELESS = 4  # times the memory that is free: counts by hand are not that far off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +90,9 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         found = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if not dry:
             found.refuse_claimed()
-    background, started = ThreadPoolExecutor(1, "compile"), time.perf_counter()
+    background = ThreadPoolExecutor(1, "compile")
     try:
-        program = Program.of(config, devices) if knows_steps else None
+        program = _program(config, devices, dry=dry) if knows_steps else None
         compiled = background.submit(program.compile) if program else None
         corpus = load_corpus(config.data, tokenizer, files)
         rows = Batches(
@@ -101,10 +105,11 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         config = config.for_epochs_of(rows.rows_per_epoch)
         folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if program is None or compiled is None:
-            program = Program.of(config, devices)
+            program = _program(config, devices, dry=dry)
             compiled = background.submit(program.compile)
         # Not earlier: what is wrong with the text is one message, and nothing before it.
         get_logger(__name__).info("compiling the training step")
+        started = time.perf_counter()
         state, meta, damaged = program.shapes, {}, {}
         if not dry:
             other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
@@ -130,6 +135,26 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         run_id=meta["run_id"] if _is_of(meta, config) else secrets.token_hex(4),
         damaged=damaged,
     )
+
+
+def _program(config: RunConfig, devices: Devices, *, dry: bool) -> Program:
+    """The step, if it is not so large that there is no point in compiling it."""
+    program = Program.of(config, devices)
+    try:
+        there = device_bytes()
+    except ConfigError:  # it does not tell
+        return program
+    needed = cost_of(config, program.shapes, devices).bytes
+    if needed > _HOPELESS * there:
+        message = (
+            f"A step of {config.run.name} needs about {in_bytes(needed)} on each device, and {in_bytes(there)} are "
+            "free. Give a smaller --data.batch_size, --data.sequence_length or model, or more micro-batches "
+            "(--memory.accumulation)."
+        )
+        if not dry:
+            raise ConfigError(message)
+        get_logger(__name__).warning("%s", message)
+    return program
 
 
 def _is_of(meta: dict[str, Any], config: RunConfig) -> bool:

@@ -80,4 +80,4 @@ def in_bytes(n: float) -> str:
     """ "40.3 MB"."""
     if n < 1e6:
         return f"{n / 1e3:.0f} kB"
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+    return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

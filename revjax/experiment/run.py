@@ -190,6 +190,8 @@ def _leave_results(experiment: Experiment, outcome: Outcome, is_broken: bool) ->
     Returns the sample, or None where the model added nothing to the prompt.
     """
     sample = None if is_broken or outcome.ended == "interrupted" else _sampling(experiment)
+    if sample:
+        get_logger(__name__).info("a sample of %d tokens", experiment.config.training.sample_tokens)
     text = sample(outcome.state) if sample else None
     try:
         plot_losses(experiment.folder.path, title=_title(experiment.config))

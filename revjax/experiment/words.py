@@ -148,7 +148,7 @@ def summarize(result: Result) -> str:
     lines = {
         "BROKEN": _broken(metrics) if result.is_broken else "",
         "run": ended + (f", {skipped} updates left out" if skipped else ""),
-        "took": f"{result.seconds:.0f} s",
+        "took": f"{result.seconds:.0f} s, from the first step on",
         "exactness": _exactness(metrics),
         "held out": _first_to_last(read_metrics(folder / "validation.jsonl")),
         "results": f"{folder}/: checkpoints/, metrics.jsonl, validation.jsonl, loss.png"

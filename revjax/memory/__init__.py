@@ -6,6 +6,7 @@ from .baseline import residual_loss as residual_loss
 from .baseline import residual_stack as residual_stack
 from .baseline import stored_loss as stored_loss
 from .budget import budget_bytes as budget_bytes
+from .budget import device_bytes as device_bytes
 from .budget import known_hardware as known_hardware
 from .budget import parse_bytes as parse_bytes
 from .cost import Cost as Cost

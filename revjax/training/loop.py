@@ -47,7 +47,7 @@ class TrainingConfig:
     spike_sigmas: float | None = None  # a loss so many deviations above recent ones is trouble; null: none is
     z_loss: float = 0.0  # of the squared log-sum-exp of the logits, added to the training loss; 1e-4 is usual
     ema_decay: float | None = None  # of a running mean of the parameters, which then is what is evaluated; null: none
-    log_every_s: float = 10.0  # seconds between two lines of progress, where there is no terminal
+    log_every_s: float = 10.0  # seconds between two lines of progress, without a terminal; each tenth has one too
     stall_after_s: float = (
         300.0  # seconds without a step, a batch or a save, after which a warning says what is awaited
     )

@@ -1,5 +1,6 @@
 """Metrics of a step, read once the next one is under way: written, shown and judged."""
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -15,6 +16,7 @@ from .state import Skeleton
 from .step import OnTrouble
 
 _SHOWN = 5  # complaints that are written out in full
+_RECENT = 50  # steps over which the speed that is shown is a mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Reader:
         self.work = work
         self.pending: Pending | None = None
         self.complaints = self.troubles_in_a_row = 0
+        self.seconds: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -94,19 +97,21 @@ class Reader:
         pending, self.pending = self.pending, None
         numbers = jax.device_get({name: x for name, x in pending.metrics.items() if name != "report"})
         now = time.perf_counter()
-        speeds, self.since = self.work.speeds(max(now - self.since, 1e-9)), now
+        seconds, self.since = max(now - self.since, 1e-9), now
+        self.seconds.append(seconds)
         trouble, loss = bool(numbers.pop("trouble")), float(numbers["loss"])
         numbers |= {name: int(numbers[name]) for name in ("canary", "unsafe", "skipped")} | {
             "spike": bool(numbers["spike"]),
             "bits_per_byte": bits_per_byte(loss, self.work.bytes_per_token),
-            **speeds,
+            **self.work.speeds(seconds),
             **memory_in_use(),
             "data_wait_s": round(pending.data_wait_s, 6),
             "time": round(time.time(), 3),
         }
         self.log.step(step=pending.step, **numbers)
-        shown = {"tokens_per_s": round(speeds["tokens_per_second"])} | (
-            {"mfu": speeds["mfu"]} if "mfu" in speeds else {}
+        recent = self.work.speeds(sum(self.seconds) / len(self.seconds))
+        shown = {"tokens_per_s": round(recent["tokens_per_second"])} | (
+            {"mfu": recent["mfu"]} if "mfu" in recent else {}
         )
         self.progress.update(1, loss=loss, bits_per_byte=numbers["bits_per_byte"], **shown, canary=numbers["canary"])
         self.troubles_in_a_row = self.troubles_in_a_row + 1 if trouble else 0
