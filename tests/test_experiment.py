@@ -61,11 +61,12 @@ def finished(text, tmp_path_factory):
 
 
 def test_a_budget_is_settled_once_and_a_run_keeps_what_it_came_to(text, tmp_path, caplog):
-    config = configure(text, tmp_path, "--memory.budget=aggressive", "--training.steps=2")
+    config = configure(text, tmp_path, "--memory.budget=aggressive", "--training.steps=2", "--memory.plan=all")
     with caplog.at_level(logging.INFO, "revjax"):
         ready = experiment.build(config)
     settled = ready.config.memory
     assert (settled.plan, settled.accumulation, settled.budget) == ("nothing", 4, "aggressive")
+    assert "memory.budget decides memory.plan: all is not used" in caplog.text
     assert "memory.budget aggressive: plan nothing, 4 micro-batches" in caplog.text
     assert experiment.run(ready).outcome.ended == "finished"
     assert load(RunConfig, tmp_path / "a" / "config.yaml", environ={}).memory == settled

@@ -20,7 +20,7 @@ from ..logging import get_logger
 from ..memory import Candidate, Choice, Cost, Found, budget_bytes, knee, known_hardware, search, step_cost
 from ..memory import largest as largest_size
 from ..training import TrainState, read_config
-from .config import RunConfig
+from .config import MemoryConfig, RunConfig
 from .devices import Devices
 from .plan_report import describe_choice, in_bytes
 from .program import Program, bytes_of_step
@@ -115,6 +115,10 @@ def planned(config: RunConfig) -> RunConfig:
     there = read_config(config.run.path, RunConfig) if begun.is_file() else None
     if there is not None and there.memory.budget == budget:
         return with_choice(config, _choice_of(there))
+    for name in ("plan", "accumulation"):
+        given = getattr(config.memory, name)
+        if given != getattr(MemoryConfig(), name):
+            get_logger(__name__).warning("memory.budget decides memory.%s: %s is not used", name, given)
     chosen = plan(config, budget).chosen
     assert chosen is not None
     get_logger(__name__).info(
