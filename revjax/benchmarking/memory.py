@@ -106,7 +106,7 @@ def step_temp_bytes(
     rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32)
 
     def loss(model, rows, key):
-        return model.loss(rows[:, :-1], rows[:, 1:], key=key)
+        return model.loss(rows[:, :-1], rows[:, 1:], rows[:, 1:] > 0, key=key)  # weights are known when it runs
 
     step, options = make_train_step(skeleton, loss, optimizer), step_compiler_options(jax.default_backend())
     found = temp_bytes(step, state, rows, donate_argnums=0, compiler_options=options)

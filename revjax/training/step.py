@@ -70,12 +70,12 @@ def make_train_step(
         scale = state.loss_scale.get("scale", 1.0)
         grads, (total, weight, more), report = sums(state.params, batch, key, scale)
         weight = jnp.where(weight == 0, 1, weight)
-        # The norm is taken before the division, which then needs no second array: it is part of the update. So that XLA
-        # keeps that order, the divisor seems to depend on the norm, which is never below 0.
+        # No quotient exists as an array: products with 1 / weight are part of the update, wherever it reads a gradient.
+        # XLA must not begin before the norm is there, so the factor seems to depend on it, which is never below 0.
         norm = global_norm(grads)
-        divisor = jnp.where(norm < 0, norm, weight * scale)
-        value, grad_norm = total / weight, norm / divisor
-        grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), grads)
+        factor = jnp.where(norm < 0, norm, 1 / (weight * scale))
+        value, grad_norm = total / weight, norm * factor
+        grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
 
         is_finite, spike, after = jnp.isfinite(grad_norm), jnp.bool(False), {}
         trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value)

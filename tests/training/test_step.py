@@ -99,9 +99,9 @@ def test_a_step_holds_one_copy_of_the_gradients():
     optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
     rows = jax.ShapeDtypeStruct((2, 65), jnp.int32)
 
-    def temporary(optimizer, **how):
+    def temporary(optimizer, loss=token_loss, **how):
         state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
-        lowered = jax.jit(make_train_step(skeleton, token_loss, optimizer, **how), donate_argnums=0).lower(state, rows)
+        lowered = jax.jit(make_train_step(skeleton, loss, optimizer, **how), donate_argnums=0).lower(state, rows)
         options = step_compiler_options(jax.default_backend())
         return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
 
@@ -109,6 +109,8 @@ def test_a_step_holds_one_copy_of_the_gradients():
     assert one_copy < temporary(optimizer) < 1.25 * one_copy
     assert temporary(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))) > 1.5 * one_copy
     assert temporary(optimizer, accumulation=2) < 1.25 * one_copy  # micro-batches add to the same array
+    weighted = lambda model, rows, key: model.loss(rows[:, :-1], rows[:, 1:], rows[:, 1:] > 0)
+    assert temporary(optimizer, weighted) < 1.25 * one_copy  # nor does it matter when the weights are known
 
 
 def test_a_part_of_the_gradients_is_clipped_by_its_own_norm():
