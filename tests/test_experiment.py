@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 import shutil
+import sys
 import types
 
 import jax
@@ -530,6 +531,13 @@ def test_a_step_that_no_device_holds_is_refused_before_it_is_compiled(text, tmp_
     with pytest.raises(ConfigError, match="needs about [0-9,.]+ GB on each device, and .* GB are free"):
         experiment.build(config)
     assert list(tmp_path.iterdir()) == [] and "compiling" not in caplog.text
+
+
+def test_a_dry_run_of_a_step_for_a_larger_device_warns_and_goes_on(text, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys.modules["revjax.experiment.build"], "device_bytes", lambda: 1000)
+    with caplog.at_level(logging.INFO, "revjax"):
+        assert experiment.build(configure(text, tmp_path), dry=True).is_dry
+    assert "on each device, and 1 kB are free" in caplog.text and "is ready after" in caplog.text
 
 
 def test_a_vocabulary_that_does_not_hold_the_text_is_refused(text, tmp_path):
