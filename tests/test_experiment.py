@@ -20,7 +20,7 @@ from revjax.checkpoint import Checkpointer
 from revjax.config import load
 from revjax.data import Batches, ByteTokenizer, train_tokenizer
 from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
-from revjax.experiment import RunConfig
+from revjax.experiment import MemoryConfig, RunConfig
 from revjax.models import Decoder
 from revjax.training import RunFolder, read_metrics, split
 
@@ -44,6 +44,7 @@ def configure(text, folder, *settings) -> RunConfig:
         "--model.num_layers=2",
         "--model.num_heads=2",
         "--model.coupling=bdia:1",  # draws from the step's key
+        "--memory.plan=nothing",
         "--training.steps=10",
         "--training.eval_every=5",
         "--training.eval_batches=2",
@@ -62,12 +63,14 @@ def finished(text, tmp_path_factory):
 
 
 def test_a_budget_is_settled_once_and_a_run_keeps_what_it_came_to(text, tmp_path, caplog):
-    config = configure(text, tmp_path, "--memory.budget=aggressive", "--training.steps=2", "--memory.plan=all")
+    looked_for = ["--memory.plan=auto", "--training.steps=2"]
+    config = configure(text, tmp_path, *looked_for, "--memory.budget=aggressive", "--memory.accumulation=2")
     with caplog.at_level(logging.INFO, "revjax"):
         ready = experiment.build(config)
     settled = ready.config.memory
     assert (settled.plan, settled.accumulation, settled.budget) == ("nothing", 4, "aggressive")
-    assert "memory.budget decides memory.plan: all is not used" in caplog.text
+    assert "memory.accumulation 2 is not used" in caplog.text
+    assert caplog.text.count("compiling") == 2  # the step that was found is not compiled again ("compiling the ...")
     assert "memory.budget aggressive: plan nothing, 4 micro-batches" in caplog.text
     assert experiment.run(ready).outcome.ended == "finished"
     assert load(RunConfig, tmp_path / "a" / "config.yaml", environ={}).memory == settled
@@ -76,10 +79,30 @@ def test_a_budget_is_settled_once_and_a_run_keeps_what_it_came_to(text, tmp_path
         assert experiment.build(config).config == ready.config
     assert "plan nothing" not in caplog.text  # read, not looked for
     with pytest.raises(RunFolderError, match=r"memory.budget was 'aggressive' and is now 'balanced'"):
-        experiment.build(configure(text, tmp_path, "--memory.budget=balanced", "--training.steps=2"))
+        experiment.build(configure(text, tmp_path, *looked_for, "--memory.budget=balanced"))
     with pytest.raises(ConfigError, match="Nothing fits into 1 kB"):
-        experiment.build(configure(text, tmp_path, "--memory.budget=1kB", "--run.name=b"))
+        experiment.build(configure(text, tmp_path, *looked_for, "--memory.budget=1kB", "--run.name=b"))
     assert not (tmp_path / "b").exists()
+
+
+def test_without_settings_of_memory_the_fastest_step_is_taken_that_the_device_holds(text, tmp_path, caplog):
+    defaults = MemoryConfig()
+    config = dataclasses.replace(configure(text, tmp_path, "--training.steps=2"), memory=defaults)
+    with caplog.at_level(logging.INFO, "revjax"):
+        ready = experiment.build(config)
+    fastest = min(experiment.candidates(config), key=lambda c: (c.time, c.bytes)).choice  # there is room for all
+    assert ready.config.memory == dataclasses.replace(defaults, plan=fastest.plan)
+    assert f"memory.budget auto: plan {fastest.plan}" in caplog.text
+    caplog.clear()
+    given = dataclasses.replace(defaults, plan="nothing", budget="8GB")
+    assert experiment.build(dataclasses.replace(config, memory=given)).config.memory == given
+    assert "memory.budget 8GB is not used: memory.plan is 'nothing', not auto" in caplog.text
+
+
+def test_an_ordinary_network_has_plans_of_its_own(text, tmp_path):
+    config = configure(text, tmp_path, "--model.coupling=residual", "--memory.plan=auto", "--memory.budget=aggressive")
+    assert experiment.build(config, dry=True).config.memory.plan == "inputs"
+    assert experiment.check_model(config).ok
 
 
 def test_advice_names_settings_that_do_what_it_says(text, tmp_path):

@@ -51,6 +51,7 @@ def settings(tmp_path):
         "--model.num_heads=2",
         "--model.dropout=0.1",
         "--model.stochastic_depth=0.1",
+        "--memory.plan=nothing",
         "--memory.accumulation=2",
         "--optimizer.warmup_steps=5",
         "--training.steps=40",

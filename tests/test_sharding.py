@@ -48,6 +48,7 @@ def configure(text, folder, name, *settings):
         "--model.num_layers=4",
         "--model.num_heads=2",
         "--model.dtype=float32",
+        "--memory.plan=nothing",
         "--training.steps=20",
         "--training.eval_every=10",
         "--training.eval_batches=2",

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..checkpoint import Checkpointer
 from ..data import DataConfig
-from ..experiment import Experiment, RunConfig, build
+from ..experiment import Experiment, MemoryConfig, RunConfig, build
 from ..experiment.config import FolderConfig
 from ..models import DecoderConfig
 from ..training import MetricsLog, StopRequest, TrainingConfig, read_metrics, train
@@ -40,6 +40,7 @@ class LoopConfig:
                 num_layers=self.num_layers, d_model=self.d_model, num_heads=max(1, self.d_model // 32), window=128
             ),
             data=DataConfig(sequence_length=self.sequence_length, batch_size=self.batch_size),
+            memory=MemoryConfig(plan="nothing"),
             training=TrainingConfig(
                 steps=self.steps * self.pairs, eval_every=self.steps, checkpoint_every=10**9, sample_prompt=""
             ),

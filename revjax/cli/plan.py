@@ -39,7 +39,7 @@ def plan(argv: list[str]) -> int:
     setup()
     config = load(experiment.RunConfig, paths, words)
     experiment.use_compilation_cache(config.run.compilation_cache)
-    budget, what = given["--budget"] or config.memory.budget or "auto", given["--maximize"]
+    budget, what = given["--budget"] or config.memory.budget, given["--maximize"]
     if what is None:
         sizes, found = {}, experiment.plan(config, budget, given["--hardware"])
     else:

@@ -42,6 +42,7 @@ def profile(argv: list[str]) -> int:
     except ValueError as e:
         raise ConfigError(f"There is no profile of memory here: {e}") from None
     print(experiment.describe_memory(ready, found), flush=True)
+    config = ready.config
     title = f"{config.run.name}: {config.model.num_layers} layers, plan {config.memory.plan}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

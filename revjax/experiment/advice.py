@@ -6,13 +6,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from ..core import parse_coupling
 from ..core.plan import keeps
 from ..training import TrainState, make_optimizer
 from .config import RunConfig
 from .devices import Devices
 from .plan_report import in_bytes
-from .planning import chunks, cost_of, on_device, tiles
+from .planning import chunks, cost_of, levels_of, on_device, tiles
 
 _WORTH_IT = 0.02  # of all bytes, or of the time
 
@@ -65,8 +64,7 @@ def describe_suggestions(found: list[Suggestion]) -> str:
 def _changes(config: RunConfig, shapes: TrainState) -> Iterator[tuple[str, RunConfig, int]]:
     """(setting, `config` with it, bytes of the state that come with it)"""
     memory, model = config.memory, config.model
-    reversible = parse_coupling(model.coupling).reversible
-    plans = ["nothing", "attention", "all"] if reversible else ["inputs", "all"]
+    plans = levels_of(config)
     if jax.default_backend() == "gpu":  # attention by cuDNN keeps nothing by name
         plans = [name for name in plans if name != "attention"]
     for name in plans:

@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from ..training import (
 from .config import FREE, RunConfig
 from .devices import Devices
 from .plan_report import in_bytes
-from .planning import cost_of, planned
+from .planning import cost_of, levels_of, settled
 from .program import Program, next_token_loss
 
 _HOPELESS = 4  # times the memory that is free: counts by hand are not that far off
@@ -69,8 +69,8 @@ class Experiment:
 def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str] = ()) -> Experiment:
     """Returns all that `run` needs, with the step compiled; a run that was begun stands at its latest checkpoint.
 
-    With a memory.budget, what the step keeps and how the batch is cut is settled before (`planned`). The step is traced
-    first, and compiled while the text is read and the state is made.
+    What the step keeps and how the batch is cut is settled first, where memory.plan is "auto" (`settled`). The step is
+    compiled while the text is read and the state is made.
 
     Args:
       dry: parameters and state are shapes only: everything is checked and compiled, and nothing can be trained.
@@ -84,7 +84,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     devices = Devices.of(config)
     tokenizer, files = _tokenizer(config), find_texts(config.data)
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
-    config = planned(config)
+    config, made = settled(config)
     devices = Devices.of(config)  # micro-batches may be others now
     if knows_steps:  # before any work, and after what may be wrong with the configuration alone
         found = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
@@ -92,8 +92,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
             found.refuse_claimed()
     background = ThreadPoolExecutor(1, "compile")
     try:
-        program = _program(config, devices, dry=dry) if knows_steps else None
-        compiled = background.submit(program.compile) if program else None
+        program, compiled = _compiling(config, devices, made, background, dry) if knows_steps else (None, None)
         corpus = load_corpus(config.data, tokenizer, files)
         rows = Batches(
             corpus,
@@ -105,8 +104,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         config = config.for_epochs_of(rows.rows_per_epoch)
         folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if program is None or compiled is None:
-            program = _program(config, devices, dry=dry)
-            compiled = background.submit(program.compile)
+            program, compiled = _compiling(config, devices, None, background, dry)
         # Not earlier: what is wrong with the text is one message, and nothing before it.
         get_logger(__name__).info("compiling the training step")
         started = time.perf_counter()
@@ -137,24 +135,34 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     )
 
 
-def _program(config: RunConfig, devices: Devices, *, dry: bool) -> Program:
-    """The step, if it is not so large that there is no point in compiling it."""
+def _compiling(
+    config: RunConfig, devices: Devices, made: tuple[Program, Any] | None, background: ThreadPoolExecutor, dry: bool
+) -> tuple[Program, Future]:
+    """The step, and what will be the compiled one. Not compiled is one so large that there is no point in it."""
+    if made:
+        return made[0], background.submit(lambda: made[1])
     program = Program.of(config, devices)
-    try:
-        there = device_bytes()
-    except ConfigError:  # it does not tell
-        return program
-    needed = cost_of(config, program.shapes, devices).bytes
-    if needed > _HOPELESS * there:
-        message = (
-            f"A step of {config.run.name} needs about {in_bytes(needed)} on each device, and {in_bytes(there)} are "
-            "free. Give a smaller --data.batch_size, --data.sequence_length or model, or more micro-batches "
-            "(--memory.accumulation)."
-        )
+    if message := _hopeless(config, devices, program):
         if not dry:
             raise ConfigError(message)
         get_logger(__name__).warning("%s", message)
-    return program
+    return program, background.submit(program.compile)
+
+
+def _hopeless(config: RunConfig, devices: Devices, program: Program) -> str | None:
+    """What to say where a step needs far more memory than there is."""
+    try:
+        there = device_bytes()
+    except ConfigError:  # it does not tell
+        return None
+    needed = cost_of(config, program.shapes, devices).bytes
+    if needed <= _HOPELESS * there:
+        return None
+    return (
+        f"A step of {config.run.name} needs about {in_bytes(needed)} on each device, and {in_bytes(there)} are free. "
+        "Give a smaller --data.batch_size, --data.sequence_length or model, or more micro-batches "
+        "(--memory.accumulation)."
+    )
 
 
 def _is_of(meta: dict[str, Any], config: RunConfig) -> bool:
@@ -193,6 +201,7 @@ def _latest(shapes: TrainState, folder: RunFolder, rows: Batches, other_data: bo
 
 def check_model(config: RunConfig) -> CheckReport:
     """Checks the model of `config`, untrained, on two rows of random tokens."""
-    model = Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(config.training.seed))
+    plan = levels_of(config)[0] if config.memory.is_open else config.memory.plan
+    model = Decoder(config.model, plan=plan, rngs=nnx.Rngs(config.training.seed))
     size, key = (2, min(config.data.sequence_length, 128)), jax.random.key(config.training.seed)
     return check(model, jax.random.randint(key, size, 0, config.model.vocab_size), key=jax.random.fold_in(key, 1))

@@ -57,15 +57,23 @@ class MemoryConfig:
     """What the backward pass finds kept."""
 
     # nothing (rebuild), attention (rebuild, but keep attention's outputs), inputs:K (recompute from every K-th layer)
-    # or all (store); parts of the layers may have each their own, first layers first: "40 nothing, 8 all"
-    plan: str = "nothing"
-    # bytes of one device ("40GiB"), a part of it ("0.5"), auto, balanced or aggressive: the fastest step that fits is
-    # looked for, which sets plan, accumulation, model.loss_tile and model.mlp_chunk (at most as given); null: none is
-    budget: str | None = None
+    # or all (store); parts of the layers may have each their own, first layers first: "40 nothing, 8 all"; or auto: the
+    # fastest step that fits into the budget is looked for, which sets the plan, accumulation, model.loss_tile and
+    # model.mlp_chunk (these two at most as given)
+    plan: str = "auto"
+    # of one device, where plan is auto: bytes ("40GiB"), a part of it ("0.5"), auto (most of it), balanced (where less
+    # begins to cost much more time) or aggressive (as little as can be)
+    budget: str = "auto"
     accumulation: int = 1  # micro-batches that data.batch_size is cut into, one after another
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the plan is still to be looked for."""
+        return self.plan == "auto"
+
     def __post_init__(self):
-        parse_plan(self.plan)
+        if not self.is_open:
+            parse_plan(self.plan)
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, but got {self.accumulation}.")
 
@@ -97,21 +105,24 @@ class RunConfig:
                 f"memory.accumulation must divide data.batch_size, but got {self.memory.accumulation} and "
                 f"{self.data.batch_size}."
             )
-        try:
-            kept = keeps(self.memory.plan, [self.model.num_layers])
-        except ValueError as e:
-            raise ConfigError(f"memory.plan: {e} (model.num_layers)") from None
-        reversible = parse_coupling(self.model.coupling).reversible or self.memory.budget is not None
-        if not reversible and any(isinstance(keep, Reverse) for keep in kept):
-            raise ConfigError(
-                f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan {self.memory.plan!r} cannot "
-                "rebuild its streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible "
-                "coupling."
-            )
+        if not self.memory.is_open:
+            self._check_plan()
         if self.model.positions == "learned" and self.model.max_length < self.data.sequence_length:
             raise ConfigError(
                 f"Learned positions end at model.max_length={self.model.max_length}, but data.sequence_length is "
                 f"{self.data.sequence_length}. Set --model.max_length={self.data.sequence_length}."
+            )
+
+    def _check_plan(self) -> None:
+        try:
+            kept = keeps(self.memory.plan, [self.model.num_layers])
+        except ValueError as e:
+            raise ConfigError(f"memory.plan: {e} (model.num_layers)") from None
+        if not parse_coupling(self.model.coupling).reversible and any(isinstance(keep, Reverse) for keep in kept):
+            raise ConfigError(
+                f"model.coupling {self.model.coupling!r} has no inverse, so memory.plan {self.memory.plan!r} cannot "
+                "rebuild its streams. Set memory.plan to 'inputs' (recompute) or 'all' (store), or take a reversible "
+                "coupling."
             )
 
     def for_epochs_of(self, rows: float) -> "RunConfig":

@@ -50,8 +50,7 @@ def describe_plan(config: RunConfig, found: Found, sizes: dict[str, str] | None 
     text = [f"{name:<12} {line}" for name, line in lines.items()]
     to_write = sizes | settings(chosen.choice)
     words = " ".join(f"--{name}={shlex.quote(value)}" for name, value in to_write.items())
-    no_budget = " --memory.budget=null" if config.memory.budget is not None else ""
-    return "\n".join([*text, "", *table, "", f"{'set':<12} {words}{no_budget}"])
+    return "\n".join([*text, "", *table, "", f"{'set':<12} {words}"])
 
 
 def plan_json(config: RunConfig, found: Found, sizes: dict[str, str] | None = None) -> dict[str, Any]:

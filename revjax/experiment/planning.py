@@ -10,7 +10,8 @@ logits, or a hidden layer of the MLP, at one time. All of it changes what a step
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -40,9 +41,11 @@ def plan(config: RunConfig, budget: str, hardware: str | None = None) -> Found:
 
     Raises `ConfigError` for a budget that is none of these, and where no step fits, with the smallest that does.
     """
-    devices = Devices.of(config)
+    return _plan(config, budget, hardware, _Compiler(config).bytes_of)
+
+
+def _plan(config: RunConfig, budget: str, hardware: str | None, measure: Callable[[Choice], int]) -> Found:
     options = list(candidates(config, hardware))
-    measure = lambda choice: _measured(with_choice(config, choice), devices)
     if budget == "aggressive":
         least = min(options, key=lambda c: (c.predicted, c.time))
         return _as_chosen(least, options, measure)
@@ -75,8 +78,8 @@ def largest(
         raise ConfigError(f"There is no size {what!r}.{nearest(what, SIZES)} Sizes are {', '.join(SIZES)}.")
     if budget in ("aggressive", "balanced"):
         raise ConfigError(f"The largest {what} needs a budget in bytes, or a part of the device, but got {budget!r}.")
-    allowed, devices = budget_bytes(budget, hardware), Devices.of(config)
-    unit = {"context": 128, "layers": 1, "batch": devices.count}[what]
+    allowed = budget_bytes(budget, hardware)
+    unit = {"context": 128, "layers": 1, "batch": Devices.of(config).count}[what]
     tried: dict[int, tuple[RunConfig, Found]] = {}
 
     def bytes_of(size: int) -> int:
@@ -86,7 +89,7 @@ def largest(
         if what == "batch":
             options = [c for c in options if c.choice.accumulation == 1]
         least = min(options, key=lambda c: (c.predicted, c.time))
-        found = _as_chosen(least, options, lambda choice: _measured(with_choice(sized, choice), devices))
+        found = _as_chosen(least, options, _Compiler(sized).bytes_of)
         tried[size] = sized, dataclasses.replace(found, budget=allowed)
         return found.budget
 
@@ -103,28 +106,34 @@ def largest(
     return sized, at, given
 
 
-def planned(config: RunConfig) -> RunConfig:
-    """`config` with what its memory.budget comes to: as its run was begun, or, for a new run, what `plan` finds.
+def settled(config: RunConfig) -> tuple[RunConfig, tuple[Program, Any] | None]:
+    """`config` with a plan, and its step and that step compiled, where this had to be done to find the plan.
 
-    So neither another machine nor another version changes a run under way.
+    A plan that is "auto" becomes what its run was begun with, so that neither another machine nor another version
+    changes a run under way; for a new run, what `plan` finds.
     """
-    budget = config.memory.budget
-    if budget is None:
-        return config
+    memory = config.memory
+    if not memory.is_open:
+        if memory.budget != MemoryConfig().budget:
+            get_logger(__name__).warning(
+                "memory.budget %s is not used: memory.plan is %r, not auto", memory.budget, memory.plan
+            )
+        return config, None
     begun = config.run.path / "config.yaml"
     there = read_config(config.run.path, RunConfig) if begun.is_file() else None
-    if there is not None and there.memory.budget == budget:
-        return with_choice(config, _choice_of(there))
-    for name in ("plan", "accumulation"):
-        given = getattr(config.memory, name)
-        if given != getattr(MemoryConfig(), name):
-            get_logger(__name__).warning("memory.budget decides memory.%s: %s is not used", name, given)
-    chosen = plan(config, budget).chosen
+    if there is not None and there.memory.budget == memory.budget:
+        return with_choice(config, _choice_of(there)), None
+    if memory.accumulation != 1:
+        get_logger(__name__).warning(
+            "memory.accumulation %d is not used: memory.plan auto decides it as well", memory.accumulation
+        )
+    compiler = _Compiler(config)
+    chosen = _plan(config, memory.budget, None, compiler.bytes_of).chosen
     assert chosen is not None
     get_logger(__name__).info(
-        "memory.budget %s: %s, %s in all", budget, describe_choice(chosen.choice), in_bytes(chosen.bytes)
+        "memory.budget %s: %s, %s in all", memory.budget, describe_choice(chosen.choice), in_bytes(chosen.bytes)
     )
-    return with_choice(config, chosen.choice)
+    return with_choice(config, chosen.choice), compiler.latest
 
 
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
@@ -168,13 +177,12 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
     """Every step that may be chosen for `config`, with predictions of its time and bytes."""
     devices = Devices.of(config)
     with_plan = lambda name: dataclasses.replace(config, memory=dataclasses.replace(config.memory, plan=name))
-    reversible = parse_coupling(config.model.coupling).reversible
-    levels = ["nothing", "attention", "all"] if reversible else ["inputs", "all"]  # each keeps more than the one before
+    levels = levels_of(config)
     try:
         shapes = Program.of(with_plan(levels[1]), devices).shapes
     except ConfigError:  # attention that cannot keep what it computes (cuDNN)
         levels.remove("attention")
-        shapes = Program.of(with_plan("nothing"), devices).shapes
+        shapes = Program.of(with_plan(levels[0]), devices).shapes
     plans = levels + _in_parts(levels, config.model.num_layers)
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
@@ -198,6 +206,11 @@ def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: s
         state_bytes=sum(on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
         balance=None if hardware is None else known_hardware(hardware).balance,
     )
+
+
+def levels_of(config: RunConfig) -> list[str]:
+    """Plans for all layers that the coupling allows: each keeps more than the one before."""
+    return ["nothing", "attention", "all"] if parse_coupling(config.model.coupling).reversible else ["inputs", "all"]
 
 
 def _in_parts(levels: list[str], num_layers: int) -> list[str]:
@@ -231,10 +244,20 @@ def _halvings(n: int, smallest: int) -> list[int]:
     return found
 
 
-def _measured(config: RunConfig, devices: Devices) -> int:
-    """The bytes of everything on one device, as XLA compiles the step."""
-    get_logger(__name__).info("compiling %s ...", describe_choice(_choice_of(config)))
-    return bytes_of_step(Program.of(config, devices).compile())
+class _Compiler:
+    """Compiles steps of one configuration that differ in what may be chosen. The latest one, `latest`, is kept."""
+
+    def __init__(self, config: RunConfig):
+        self._config, self._devices = config, Devices.of(config)
+        self.latest: tuple[Program, Any] | None = None
+
+    def bytes_of(self, choice: Choice) -> int:
+        """The bytes of everything on one device, as XLA compiles the step."""
+        self.latest = None
+        get_logger(__name__).info("compiling %s ...", describe_choice(choice))
+        program = Program.of(with_choice(self._config, choice), self._devices)
+        self.latest = program, program.compile()
+        return bytes_of_step(self.latest[1])
 
 
 def _choice_of(config: RunConfig) -> Choice:
