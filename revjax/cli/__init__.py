@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "evaluate": "the loss of a trained model on any text",
     "export": "the parameters of a run as safetensors",
+    "convert": "a pretrained model of transformers as a run, and a run as such a model",
     "tokenizer": "train a tokenizer on your own text",
     "runs": "runs side by side: a table, and a plot of their losses",
     "check": "prove on this machine that a model's gradients are right to the bit",

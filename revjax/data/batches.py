@@ -64,7 +64,8 @@ class Batches:
             grain.MapDataset.source(rows).seed((seed + i) % 2**32).shuffle().repeat() for i, rows in enumerate(sources)
         ]
         mixed = grain.MapDataset.mix(shuffled, [part.weight for part in corpus.train]) if shuffled[1:] else shuffled[0]
-        self._dataset = mixed[index::count].batch(batch_size // count)
+        # Rows go on for ever; a remainder, of which there is none, grain would count in floats, and for one row overflow.
+        self._dataset = mixed[index::count].batch(batch_size // count, drop_remainder=True)
         self._identity = {
             "text": corpus.fingerprint,
             "batch_size": batch_size,

@@ -26,6 +26,11 @@ from .planning import candidates as candidates
 from .planning import largest as largest
 from .planning import plan as plan
 from .planning import with_choice as with_choice
+from .pretrained import FromHFConfig as FromHFConfig
+from .pretrained import ToHFConfig as ToHFConfig
+from .pretrained import describe_from_hf as describe_from_hf
+from .pretrained import from_hf as from_hf
+from .pretrained import to_hf as to_hf
 from .program import Program as Program
 from .program import bytes_of_step as bytes_of_step
 from .program import next_token_loss as next_token_loss

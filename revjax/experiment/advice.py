@@ -68,7 +68,7 @@ def _changes(config: RunConfig, shapes: TrainState) -> Iterator[tuple[str, RunCo
     if jax.default_backend() == "gpu":  # attention by cuDNN keeps nothing by name
         plans = [name for name in plans if name != "attention"]
     for name in plans:
-        if keeps(name, [model.num_layers]) != keeps(memory.plan, [model.num_layers]):
+        if keeps(name, model.run_lengths) != keeps(memory.plan, model.run_lengths):
             yield f"--memory.plan={name}", _with(config, memory={"plan": name}), 0
     rows = config.data.batch_size
     more = next((n for n in range(memory.accumulation + 1, rows + 1) if rows % n == 0), None)

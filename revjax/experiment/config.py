@@ -115,7 +115,7 @@ class RunConfig:
 
     def _check_plan(self) -> None:
         try:
-            kept = keeps(self.memory.plan, [self.model.num_layers])
+            kept = keeps(self.memory.plan, self.model.run_lengths)
         except ValueError as e:
             raise ConfigError(f"memory.plan: {e} (model.num_layers)") from None
         if not parse_coupling(self.model.coupling).reversible and any(isinstance(keep, Reverse) for keep in kept):

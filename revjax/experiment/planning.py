@@ -183,7 +183,7 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
     except ConfigError:  # attention that cannot keep what it computes (cuDNN)
         levels.remove("attention")
         shapes = Program.of(with_plan(levels[0]), devices).shapes
-    plans = levels + _in_parts(levels, config.model.num_layers)
+    plans = levels + _in_parts(levels, config.model.run_lengths)
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
         for loss_tile in tiles(config, rows * length // accumulation):
@@ -213,9 +213,9 @@ def levels_of(config: RunConfig) -> list[str]:
     return ["nothing", "attention", "all"] if parse_coupling(config.model.coupling).reversible else ["inputs", "all"]
 
 
-def _in_parts(levels: list[str], num_layers: int) -> list[str]:
-    """Plans between two levels: the last layers keep more than the first."""
-    numbers = sorted({num_layers * eighths // 8 for eighths in range(1, 8)} - {0})
+def _in_parts(levels: list[str], run_lengths: tuple[int, ...]) -> list[str]:
+    """Plans between two levels: the last layers keep more than the first. (Not where layers remain over a period.)"""
+    numbers = sorted({run_lengths[0] * eighths // 8 for eighths in range(1, 8)} - {0}) if len(run_lengths) == 1 else []
     return [f"{less}, {n} {more}" for less, more in itertools.pairwise(levels) for n in numbers]
 
 

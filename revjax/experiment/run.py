@@ -30,6 +30,7 @@ from ..training import (
 from .build import Experiment
 from .config import RunConfig, SampleConfig
 from .evaluation import losses
+from .pretrained import keep_pretrained
 from .samples import sample_text
 from .trained import TOKENIZER
 from .versions import git_revision, versions
@@ -68,6 +69,8 @@ def run(experiment: Experiment) -> Result:
     try:
         if isinstance(experiment.corpus.tokenizer, FileTokenizer):
             folder.keep(TOKENIZER, experiment.corpus.tokenizer.file)
+        if config.training.start_from is not None:
+            keep_pretrained(config.training.start_from, folder.path)
         _refuse_stale(experiment)
         with (
             StopRequest() as stop_request,

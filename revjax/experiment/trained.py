@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..checkpoint import Checkpointer
+from ..conversion import TensorFiles
 from ..data import DataConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
@@ -23,6 +24,7 @@ from ..training.folder import read_config
 from .config import RunConfig
 
 TOKENIZER = "tokenizer.json"  # in the folder of a run whose text is not in bytes
+PARAMETERS = "model.safetensors"  # in the folder of a converted one, which has no checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,16 @@ def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: To
     return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
 
 
+def has_checkpoints(folder: pathlib.Path) -> bool:
+    """Whether the run in `folder` was trained, so that its parameters are those of a checkpoint."""
+    return any(path.name.isdecimal() for path in (folder / "checkpoints").glob("*"))
+
+
+def read_parameters(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The parameters of the run in `folder`, by name: stack.runs.0.0.attention.query.kernel."""
+    return _named(_read(folder)[2])
+
+
 def _decoder(config: RunConfig) -> Decoder:
     return Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0))
 
@@ -75,13 +87,9 @@ def _read(folder: str | os.PathLike) -> tuple[RunConfig, DataConfig, dict[str, A
     """The configuration of a run, its data section with the tokenizer of the folder, and its parameters, in numpy."""
     folder = pathlib.Path(folder).expanduser()
     config = read_config(folder, RunConfig)
-    with Checkpointer(folder / "checkpoints") as checkpointer:
-        nested, meta, damaged = checkpointer.restore_latest()
-    for step, error in damaged.items():
-        message = "The checkpoint of step %d in %s is damaged (%s): that of step %d is used here."
-        get_logger(__name__).warning(message, step, folder, error.why, meta["step"])
     _, shapes = split(nnx.eval_shape(lambda: _decoder(config)))
-    trained = nested.get("ema", nested["params"])
+    is_converted = (folder / PARAMETERS).is_file() and not has_checkpoints(folder)
+    trained = _of_file(folder / PARAMETERS, shapes) if is_converted else _of_checkpoint(folder)
     if _shapes(shapes) != _shapes(trained):
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
     if not all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(trained)):
@@ -90,6 +98,26 @@ def _read(folder: str | os.PathLike) -> tuple[RunConfig, DataConfig, dict[str, A
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
     return config, data, jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
+
+
+def _of_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        nested, meta, damaged = checkpointer.restore_latest()
+    for step, error in damaged.items():
+        message = "The checkpoint of step %d in %s is damaged (%s): that of step %d is used here."
+        get_logger(__name__).warning(message, step, folder, error.why, meta["step"])
+    return nested.get("ema", nested["params"])
+
+
+def _of_file(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    tensors, names = TensorFiles(path), list(_named(shapes))
+    if set(names) != set(tensors):
+        raise CheckpointError(f"{path} does not fit its config.yaml: was one of them changed?")
+    return jax.tree.unflatten(jax.tree.structure(shapes), [tensors.read(name) for name in names])
+
+
+def _named(params: dict[str, Any]) -> dict[str, Any]:
+    return {".".join(str(getattr(k, "key", k)) for k in path): x for path, x in jax.tree.flatten_with_path(params)[0]}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -107,9 +135,7 @@ def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
     if output.exists():
         raise CheckpointError(f"{output} is there already. Delete it, or set --output to another place.")
     config, _, params = _read(folder)
-    tensors = {
-        ".".join(str(getattr(k, "key", k)) for k in path): x for path, x in jax.tree.flatten_with_path(params)[0]
-    }
+    tensors = _named(params)
     temporary = output.with_name(f"{output.name}.tmp")
     try:
         save_file(tensors, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})

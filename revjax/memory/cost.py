@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import parse_coupling
-from ..core.plan import All, Inputs, Keep, Reverse, for_runs
-from ..models import DecoderConfig, hardware_flops_per_token
+from ..core.plan import All, Inputs, Keep, Reverse
+from ..models import DecoderConfig, hardware_flops_per_token, kept_layers
 from ..nn.blocks import choose_blocks
 
 # FLOPs in the time that one byte takes from memory, where nothing is known of the device (see `devices.HARDWARE`).
@@ -75,7 +75,7 @@ def step_cost(
     """
     rows = -(-batch_size // accumulation)
     sizes = Sizes(config, rows, sequence_length)
-    parts = for_runs(plan, [config.num_layers])[0]
+    parts = kept_layers(config, plan)
     kept_of_parts = [_kept(sizes, keep, num_layers) for num_layers, keep in parts]
     gradients, sums = jnp.dtype(config.param_dtype).itemsize * num_params, 0
     if accumulation > 1:  # in fp32, and beside them the gradients of one micro-batch, but for those of layers
@@ -280,7 +280,7 @@ def _work(
     """FLOPs of a step, and the bytes of parameters and their gradients that it moves."""
     tokens = batch_size * sequence_length
     per_token = hardware_flops_per_token(config, sequence_length, plan)
-    parts = for_runs(plan, [config.num_layers])[0]
+    parts = kept_layers(config, plan)
     again = sum(n for n, keep in parts if not isinstance(keep, All)) / config.num_layers
     passes = 2 + again  # over the parameters: forward, again, backward
     moved = accumulation * 4 * num_params * (passes + (2 if accumulation > 1 else 1))

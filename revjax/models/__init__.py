@@ -4,6 +4,7 @@ from .check import CheckReport as CheckReport
 from .check import check as check
 from .cost import flops_per_token as flops_per_token
 from .cost import hardware_flops_per_token as hardware_flops_per_token
+from .cost import kept_layers as kept_layers
 from .cost import layer_forward_flops as layer_forward_flops
 from .cost import num_params as num_params
 from .cost import summary as summary

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from ..core.plan import All, Reverse, for_runs
+from ..core.plan import All, Keep, Reverse, for_runs
 from .decoder import Decoder
 from .decoder_config import DecoderConfig
 
@@ -30,10 +30,20 @@ def hardware_flops_per_token(config: DecoderConfig, sequence_length: int, plan: 
     """
     forward, kernel = layer_forward_flops(config, sequence_length), attention_kernel_flops(config, sequence_length)
     again = 0.0
-    for num_layers, keep in for_runs(plan, [config.num_layers])[0]:
+    for num_layers, keep in kept_layers(config, plan):
         named = isinstance(keep, Reverse) and "attention" in keep.names
         again += num_layers * (0 if isinstance(keep, All) else forward - kernel if named else forward)
     return flops_per_token(config, sequence_length) + again
+
+
+def kept_layers(config: DecoderConfig, plan: str) -> list[tuple[int, Keep]]:
+    """(how many layers, what the plan keeps of them), first layers first."""
+    found, rest = [], config.num_layers
+    for parts in for_runs(plan, config.run_lengths):
+        each = min(len(config.period), rest)  # layers of a repeat
+        found += [(n * each, keep) for n, keep in parts]
+        rest -= sum(n * each for n, _ in parts)
+    return found
 
 
 def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:
@@ -46,8 +56,9 @@ def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:
 
 def attention_kernel_flops(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of softmax(q k^T) v in one layer's forward pass for one token: 4 for each channel and visible position."""
-    heads = config.num_heads * config.head_size
-    return 4.0 * heads * min(sequence_length / 2, config.window or sequence_length)
+    heads, local = config.num_heads * config.head_size, config.period.count("local") / len(config.period)
+    seen = min(sequence_length / 2, config.window or sequence_length)
+    return 4.0 * heads * (local * seen + (1 - local) * sequence_length / 2)
 
 
 def summary(model: Decoder) -> str:

@@ -12,6 +12,7 @@ Each f is an increment that the coupling adds to the streams; with `granularity:
 together are one f.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ class Decoder(nnx.Module):
         placed = config.positions == "learned"
         self.positions = LearnedPositions(config.max_length, config.d_model, rngs=rngs) if placed else None
         self.stack = ReversibleStack(
-            lambda rngs: make_branches(config, rngs=rngs),
+            [functools.partial(_make_layer, config, kind) for kind in config.period],
             num_layers=config.num_layers,
             coupling=parse_coupling(config.coupling),
             plan=plan,
@@ -126,6 +127,7 @@ class Decoder(nnx.Module):
             weights_BT,
             tile_tokens=self.config.loss_tile,
             z_loss=z_loss,
+            softcap=self.config.logit_softcap,
             dtype=jnp.dtype(self.config.dtype),
         )
 
@@ -155,6 +157,8 @@ class Decoder(nnx.Module):
     def _embed(self, tokens_BT, positions_BT) -> tuple[jax.Array, jax.Array]:
         """The two streams to start from."""
         x_BTD = self.embedding.encode(tokens_BT)
+        if self.config.embedding_scale != 1:
+            x_BTD = x_BTD * self.config.embedding_scale
         if self.positions is not None:
             if positions_BT is None:
                 positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
@@ -166,7 +170,13 @@ class Decoder(nnx.Module):
     def _logits(self, x_BTD):
         kernel_DV = self.head_kernel.astype(x_BTD.dtype)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide)
+        cap = self.config.logit_softcap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+
+def _make_layer(config, kind, rngs):
+    return make_branches(config, kind, rngs=rngs)
 
 
 def _is_cache(x) -> bool:

@@ -7,6 +7,9 @@ from typing import Literal
 from ..core import AbstractCoupling, parse_coupling
 from ..core.coupling import COUPLINGS
 from ..errors import ConfigError, nearest
+from ..nn import RopeScaling
+
+LayerKind = Literal["local", "global"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +23,28 @@ class DecoderConfig:
     num_kv_heads: int | None = None  # one per query head
     head_dim: int | None = None  # d_model / num_heads
     d_ff: int | None = None  # 4 d_model; gated: 8/3 d_model, rounded up to a multiple of 32
-    activation: Literal["gelu", "silu", "relu"] = "silu"
+    activation: Literal["gelu", "gelu_exact", "silu", "relu"] = "silu"  # gelu: its tanh approximation
     gated: bool = True
     use_bias: bool = False
+    qkv_bias: bool | None = None  # of queries, keys and values; null as use_bias
+    out_bias: bool | None = None  # of attention's output; null as use_bias
+    mlp_bias: bool | None = None  # null as use_bias
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float | None = None  # 1e-6 for rms, 1e-5 for layer
+    norm_offset: float = 0.0  # of rms: what is added to the scale (Gemma: 1)
+    post_norm: bool = False  # what a branch returns is normed as well
     qk_norm: bool = False
     positions: Literal["rotary", "learned"] = "rotary"
     rope_base: float = 10_000.0
+    local_rope_base: float | None = None  # of local layers, which then have no rope_scaling; null as rope_base
+    rope_scaling: RopeScaling | None = None  # for contexts longer than those of the first training
     max_length: int = 1024  # for learned positions only
     window: int | None = None  # sliding window of attention, in tokens; None is all
+    layer_pattern: tuple[LayerKind, ...] = ()  # repeated over the layers: global ones have no window; () is all local
+    attention_scale: float | None = None  # of scores; null is 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores stay below it; null is none
+    logit_softcap: float | None = None  # logits stay below it; null is none
+    embedding_scale: float = 1.0  # tokens' vectors are multiplied by it (Gemma: sqrt(d_model))
     tie_embeddings: bool = True
     dropout: float = 0.0  # on the increment of every branch
     attention_dropout: float = 0.0
@@ -49,6 +65,12 @@ class DecoderConfig:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "max_length", "loss_tile"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        for name in ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap", "local_rope_base"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, or null, but got {value}.")
+        if "local" in self.layer_pattern and self.window is None:
+            raise ValueError("layer_pattern has local layers, so window must say how far they see, but got null.")
         for name in ("num_kv_heads", "head_dim", "d_ff", "window", "mlp_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,6 +123,22 @@ class DecoderConfig:
     @property
     def head_size(self) -> int:
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def eps(self) -> float:
+        """What norms add to the mean square."""
+        return {"rms": 1e-6, "layer": 1e-5}[self.norm] if self.norm_eps is None else self.norm_eps
+
+    @property
+    def period(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers that repeat."""
+        return self.layer_pattern or ("local",)
+
+    @property
+    def run_lengths(self) -> tuple[int, ...]:
+        """How often the stack's periods repeat: of whole ones, and of what remains."""
+        repeats, rest = divmod(self.num_layers, len(self.period))
+        return tuple(n for n in (repeats, 1 if rest else 0) if n)
 
     @property
     def mlp_width(self) -> int:

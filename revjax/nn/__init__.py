@@ -21,5 +21,6 @@ from .linear import Linear as Linear
 from .mlp import MLP as MLP
 from .norm import LayerNorm as LayerNorm
 from .norm import RMSNorm as RMSNorm
+from .rope_scaling import RopeScaling as RopeScaling
 from .rotary import Rotary as Rotary
 from .rotary import rotary as rotary

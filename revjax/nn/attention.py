@@ -35,6 +35,7 @@ def attention(
     k_segments_BS: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     implementation: str = "auto",
@@ -43,7 +44,7 @@ def attention(
 
     Args:
       implementation: "flash" runs everywhere. "cudnn" is NVIDIA's kernel: faster, but half precision only,
-        and without dropout, segments and offset. "auto" takes cuDNN where it can, else flash. "xla" holds
+        and without dropout, soft cap, segments and offset. "auto" takes cuDNN where it can, else flash. "xla" holds
         all T * S scores: for tests.
     """
     options: dict[str, Any] = dict(
@@ -53,6 +54,7 @@ def attention(
         k_segments_BS=k_segments_BS,
         q_offset=q_offset,
         scale=scale,
+        softcap=softcap,
         dropout=dropout if key is not None else 0.0,
         key=key,
     )
@@ -71,7 +73,7 @@ def attention(
     )
 
 
-def _cudnn_refuses(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, dropout, key):
+def _cudnn_refuses(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, softcap, dropout, key):
     """Returns why cuDNN's kernel cannot compute this, or None."""
     del k_segments_BS, scale, key
     if jax.default_backend() != "gpu":
@@ -84,8 +86,8 @@ def _cudnn_refuses(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_o
     head_dim, largest = q.shape[-1], 256 if float(capability) >= 9 else 128
     if head_dim % 8 or head_dim > largest or v.shape[-1] != head_dim:
         return f"it takes head dims that are multiples of 8 up to {largest}, not {head_dim} and {v.shape[-1]}"
-    if dropout or q_segments_BT is not None:
-        return "it is not used with dropout or segments"
+    if dropout or softcap is not None or q_segments_BT is not None:
+        return "it is not used with dropout, a soft cap or segments"
     if not (isinstance(q_offset, int) and q_offset == 0):
         return "it is not used with a cache or an offset"
     if window is not None and not causal:
@@ -95,7 +97,7 @@ def _cudnn_refuses(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_o
     return None
 
 
-def _plain(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, dropout, key):
+def _plain(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, softcap, dropout, key):
     """The definition, with all scores at once."""
     if dropout and key is not None:
         raise ValueError('implementation="xla" has no dropout. Use "flash".')
@@ -108,6 +110,7 @@ def _plain(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, s
         visible &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     s = scale * jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
     p = jax.nn.softmax(s, axis=-1, where=visible[:, None])
     return jnp.einsum("BNTS,BSNH->BTNH", p.astype(v.dtype), v)
 
@@ -127,9 +130,14 @@ class Attention(nnx.Module):
         head_dim: int | None = None,  # None: d_model / num_heads
         causal: bool = True,
         window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
         rotary: Rotary | None = None,
         use_bias: bool = False,
+        out_bias: bool | None = None,  # None: as use_bias
         dropout: float = 0.0,
         context_dim: int | None = None,
         out_init_scale: float = 1.0,
@@ -142,16 +150,18 @@ class Attention(nnx.Module):
         _check_options(window, dropout, context_dim, rotary, implementation)
         head_dim = d_model // num_heads if head_dim is None else head_dim
         source_dim = d_model if context_dim is None else context_dim
-        dense = functools.partial(Linear, use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.query = dense(d_model, (num_heads, head_dim))
-        self.key = dense(source_dim, (num_kv_heads, head_dim))
-        self.value = dense(source_dim, (num_kv_heads, head_dim))
+        dense = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.query = dense(d_model, (num_heads, head_dim), use_bias=use_bias)
+        self.key = dense(source_dim, (num_kv_heads, head_dim), use_bias=use_bias)
+        self.value = dense(source_dim, (num_kv_heads, head_dim), use_bias=use_bias)
         out_std = out_init_scale / math.sqrt(num_heads * head_dim)
-        self.out = dense((num_heads, head_dim), d_model, init_std=out_std)
-        self.query_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
-        self.key_norm = RMSNorm(head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+        out_bias = use_bias if out_bias is None else out_bias
+        self.out = dense((num_heads, head_dim), d_model, init_std=out_std, use_bias=out_bias)
+        norm = functools.partial(RMSNorm, head_dim, eps=norm_eps, offset=norm_offset, dtype=dtype, rngs=rngs)
+        self.query_norm = norm() if qk_norm else None
+        self.key_norm = norm() if qk_norm else None
         self.causal = causal and context_dim is None
-        self.window = window
+        self.window, self.scale, self.softcap = window, scale, softcap
         self.rotary = rotary
         self.dropout = dropout
         self.is_cross = context_dim is not None
@@ -203,6 +213,8 @@ class Attention(nnx.Module):
             q_segments_BT=q_segments,
             k_segments_BS=k_segments,
             q_offset=offset,
+            scale=self.scale,
+            softcap=self.softcap,
             dropout=self.dropout,
             key=key,
             implementation=self.implementation,

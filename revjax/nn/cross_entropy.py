@@ -4,6 +4,8 @@
 
     dz = weight (softmax(z) (1 + 2 z_loss lse) - onehot(target))        dx = dz . W^T        dW += x^T . dz
 
+With a soft cap c (Gemma 2, arXiv:2408.00118), z becomes c tanh(z / c), and dz is multiplied by 1 - (z / c)^2.
+
 When the loss is differentiated, dx and dW are computed in the forward loop, while a tile's logits exist
 (three matmuls; recomputing the logits later would take four), and they are all that is kept: as large as
 x and W, whatever T * V is. The idea is Liger's (arXiv:2410.10989); z_loss is PaLM's (arXiv:2204.02311).
@@ -28,6 +30,7 @@ def cross_entropy(
     *,
     tile_tokens: int = 256,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     dtype=jnp.bfloat16,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (sum of weighted losses in nats, sum of weights), both fp32 scalars: their ratio is the mean.
@@ -39,17 +42,19 @@ def cross_entropy(
       weights_BT: None counts every token once.
       tile_tokens: about how many tokens have logits at a time, over the whole batch; need not divide B * T.
       z_loss: weight of lse^2, which keeps the logits' scale from drifting.
+      softcap: logits stay between -softcap and softcap.
       dtype: of the matmul operands, forward and backward; sums are fp32.
     """
     _check(hidden_BTD, kernel_DV, targets_BT, weights_BT, tile_tokens)
     weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
-    spec = _Spec(max(1, tile_tokens // targets_BT.shape[0]), float(z_loss), jnp.dtype(dtype))
+    spec = _Spec(max(1, tile_tokens // targets_BT.shape[0]), float(z_loss), softcap, jnp.dtype(dtype))
     return _loss_sum(spec, hidden_BTD, kernel_DV, targets_BT, weights_BT), jnp.sum(weights_BT)
 
 
 class _Spec(NamedTuple):
     tile: int  # positions along T
     z_loss: float
+    softcap: float | None
     dtype: jnp.dtype
 
 
@@ -74,6 +79,8 @@ def _loss_sum_fwd(spec, hidden, kernel, targets, weights):
         losses, (logits, lse, hit) = _tile_losses(spec, x, low_kernel, t)
         dlse = w * (1 + 2 * spec.z_loss * lse)
         dlogits = jnp.exp(logits - lse[..., None]) * dlse[..., None] - jnp.where(hit, w[..., None], 0)
+        if spec.softcap is not None:
+            dlogits = dlogits * (1 - jnp.square(logits / spec.softcap))
         dlogits = dlogits.astype(spec.dtype)
         dx = _product("btv,dv->btd", dlogits, low_kernel).astype(hidden.dtype)
         dtable = _add_product(dtable, dlogits, x.astype(spec.dtype))
@@ -98,6 +105,8 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
 def _tile_losses(spec, x_Btd, kernel_DV, targets_Bt):
     """Returns the losses of one tile, unweighted, and (logits, lse, which logit is the target's)."""
     logits = _product("btd,dv->btv", x_Btd.astype(spec.dtype), kernel_DV)
+    if spec.softcap is not None:
+        logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     hit = jnp.arange(logits.shape[-1], dtype=targets_Bt.dtype)[None, None, :] == targets_Bt[..., None]
     target_logits = jnp.sum(jnp.where(hit, logits, 0), axis=-1)

@@ -14,6 +14,8 @@
         ds    = p (dp - delta)
         dv   += p^T do      dk += scale ds^T q_i      dq += scale ds k_j
 
+With a soft cap c (Gemma 2, arXiv:2408.00118), s becomes c tanh(s / c), and ds is multiplied by 1 - tanh(s / c)^2.
+
 Pairs in which no query may see any key are left out of the loop, in both passes: causal attention does
 half the work. Dropout masks are drawn again in the backward pass, from `fold_in(key, i * J + j)`: they
 depend on the block sizes. Matmul operands have the inputs' dtype, everything else is fp32.
@@ -71,6 +73,7 @@ def flash_attention(
     k_segments_BS: jax.Array | None = None,
     q_offset: int | jax.Array = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     block_q: int | None = None,
@@ -87,6 +90,7 @@ def flash_attention(
       q_offset: for a cache, how many keys came before the first query. An int lets the kernel leave out
         blocks that are wholly masked; a traced number does not.
       scale: None is 1 / sqrt(H).
+      softcap: scores stay between -softcap and softcap.
       dropout: probability of dropping each entry of the softmax. With `key=None` nothing is dropped.
       block_q, block_k: None chooses (see `blocks.choose_blocks`); they need not divide T and S.
 
@@ -105,6 +109,7 @@ def flash_attention(
         k_segments_BS=k_segments_BS,
         q_offset=q_offset,
         scale=scale,
+        softcap=softcap,
         dropout=dropout,
         key=key,
         block_q=block_q,
@@ -153,7 +158,7 @@ def _forward(spec, q, k, v, side):
         i, j = ij
         m, l, acc = (at(blocks, i) for blocks in carry)
         s = spec.scale * _matmul(block(q_I, i), block(kT_J, j))
-        s = _hide(s, visible(i, j, keys_first=False), five_axes)
+        s = _hide(_capped(spec, s), visible(i, j, keys_first=False), five_axes)
         m_new = jnp.maximum(m, jnp.max(s, axis=-1))
         p = jnp.exp(s - m_new[..., None])
         shrink = jnp.exp(m - m_new)
@@ -188,10 +193,11 @@ def _backward(spec, q, k, v, o, lse, side, do, dlse):
     def pair(carry, ij):
         i, j = ij
         dqT, dk, dv = carry
-        sT = spec.scale * _matmul(block(k_J, j), block(qT_I, i))
+        sT = _capped(spec, spec.scale * _matmul(block(k_J, j), block(qT_I, i)))
         pT = jnp.exp(_hide(sT, visible(i, j, keys_first=True), five_axes) - at(lse_I, i))
         dpT = _drop(spec, side, i, j, _matmul(block(v_J, j), block(doT_I, i)), transposed=True)
-        dsT = rounded(pT * (dpT - at(delta_I, i)), q.dtype)
+        dsT = pT * (dpT - at(delta_I, i))
+        dsT = rounded(dsT if spec.softcap is None else dsT * (1 - jnp.square(sT / spec.softcap)), q.dtype)
         droppedT = rounded(_drop(spec, side, i, j, pT, transposed=True), q.dtype)
         dv = put(dv, at(dv, j) + _matmul(droppedT, block(do_I, i)), j)
         dk = put(dk, at(dk, j) + _matmul(dsT, block(q_I, i)), j)
@@ -231,6 +237,10 @@ def _zeros(shape, dtype, q):
     """Zeros that are made where q is known: others XLA makes before a loop over layers, and keeps all the while."""
     bits = jax.lax.bitcast_convert_type(q[0, 0, 0, 0].astype(jnp.float32), jnp.int32)
     return jnp.broadcast_to(jnp.minimum(bits & 1, 0), shape).astype(dtype)
+
+
+def _capped(spec, s):
+    return s if spec.softcap is None else spec.softcap * jnp.tanh(s / spec.softcap)
 
 
 def _visible(tiling, side):

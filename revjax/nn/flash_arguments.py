@@ -17,6 +17,7 @@ class Spec:
 
     tiling: Tiling
     scale: float
+    softcap: float | None
     dropout: float
 
 
@@ -40,6 +41,7 @@ def prepare(
     k_segments_BS=None,
     q_offset=0,
     scale=None,
+    softcap=None,
     dropout=0.0,
     key=None,
     block_q=None,
@@ -47,7 +49,7 @@ def prepare(
 ) -> tuple[Spec, Side]:
     """Checks the arguments of one call and sorts them into what is static and what is traced."""
     _check_shapes(q_BTNH, k_BSKH, v_BSKH)
-    _check_options(window, dropout, block_q, block_k)
+    _check_options(window, softcap, dropout, block_q, block_k)
     _check_segments(q_BTNH, k_BSKH, q_segments_BT, k_segments_BS)
     batch, num_queries, num_heads, head_dim = q_BTNH.shape
     num_keys = k_BSKH.shape[1]
@@ -65,7 +67,7 @@ def prepare(
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     traced_offset = None if static_offset is not None else jnp.asarray(q_offset, jnp.int32)
     side = Side(q_segments_BT, k_segments_BS, traced_offset, key)
-    return Spec(tiling=tiling, scale=scale, dropout=dropout), side
+    return Spec(tiling=tiling, scale=scale, softcap=softcap, dropout=dropout), side
 
 
 def _check_shapes(q, k, v):
@@ -85,9 +87,11 @@ def _check_shapes(q, k, v):
         raise TypeError(f"q, k and v must have one dtype, but got {q.dtype}, {k.dtype} and {v.dtype}. Cast them first.")
 
 
-def _check_options(window, dropout, block_q, block_k):
+def _check_options(window, softcap, dropout, block_q, block_k):
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a query's own position), but got {window}. None is no window.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, but got {softcap}. None is none.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, but got {dropout}.")
     for name, block in (("block_q", block_q), ("block_k", block_k)):

@@ -18,6 +18,7 @@ from .rounding import accumulator, rounded
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,  # the tanh approximation, as in GPT-2
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from .rope_scaling import RopeScaling, frequencies
 from .rounding import accumulator
 
 
@@ -19,18 +20,22 @@ from .rounding import accumulator
 class Rotary:
     """How positions turn queries and keys, as a value: pass it to `Attention(rotary=...)`.
 
-    A scaling for longer contexts is another class with the same two methods.
+    Attributes:
+      scaling: for contexts longer than those of the first training; None is none.
     """
 
     base: float = 10_000.0
+    scaling: RopeScaling | None = None
 
     def __post_init__(self):
         if self.base <= 0:
             raise ValueError(f"The base of rotary embeddings must be positive, but got {self.base}.")
 
-    def frequencies(self, head_dim: int) -> jax.Array:
+    def frequencies(self, head_dim: int, positions_BT: jax.Array) -> jax.Array:
         """Returns radians per position for each pair of channels: fp32, (head_dim / 2,)."""
-        return self.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        if self.scaling is None:
+            return frequencies(self.base, head_dim)
+        return self.scaling.frequencies(self.base, head_dim, jnp.max(positions_BT) + 1)
 
     def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Returns x turned by its positions, in x's dtype. `positions` may have one row for the whole batch."""
@@ -38,8 +43,11 @@ class Rotary:
         if head_dim % 2:
             raise ValueError(f"Rotary embeddings pair up channels, so head_dim must be even, but got {head_dim}.")
         wide = accumulator(x_BTNH.dtype)
-        angles = positions_BT.astype(wide)[:, :, None, None] * self.frequencies(head_dim)[None, None, None, :]
+        turns = self.frequencies(head_dim, positions_BT)
+        angles = positions_BT.astype(wide)[:, :, None, None] * turns[None, None, None, :]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.scaling is not None and self.scaling.magnitude != 1:
+            cos, sin = cos * self.scaling.magnitude, sin * self.scaling.magnitude
         first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
         y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
         return y.astype(x_BTNH.dtype)

@@ -5,6 +5,7 @@ metrics.jsonl       one line for each step            validation.jsonl   one for
 samples.jsonl       one line for each sample          trouble.jsonl      one for each gradient not trusted
 checkpoints/STEP    the latest few                    loss.png, sample.txt
 tokenizer.json      where the text is not in bytes       tensorboard/, wandb/   curves, where they are wanted
+huggingface/        what came with pretrained parameters, and goes out with them again
 .lock               held by the process that trains here
 """
 
@@ -61,6 +62,8 @@ class RunFolder:
             "checkpoints",
             "tokenizer.json",
             "tokenizer.json.tmp",
+            "huggingface",
+            "huggingface.tmp",
             "tensorboard",
             "wandb",
             *(f"{name}.jsonl" for name in LOGS),

@@ -44,6 +44,13 @@ def test_the_order_of_rows_is_pinned():
     ]
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_rows_come_in_the_same_order_whatever_the_size_of_a_batch(size):
+    rows = lambda batches, n: np.concatenate([next(batches)["tokens"] for _ in range(n)])
+    np.testing.assert_array_equal(rows(make(batch_size=size), 24 // size), rows(make(), 6))
+    assert make(batch_size=size).batch(10**9)["tokens"].shape == (size, 17)
+
+
 @pytest.mark.parametrize("step", [0, 1, 7, 100_000])
 def test_a_run_resumed_at_any_step_sees_the_same_batches(step):
     straight = make()

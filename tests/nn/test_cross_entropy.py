@@ -14,19 +14,23 @@ B, T, D, V = 3, 13, 8, 21
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("tile_tokens, z_loss", [(1, 0.0), (12, 0.0), (12, 1e-2), (1000, 0.0)])
-def test_loss_and_gradients_are_those_of_the_full_logits(tile_tokens, z_loss, weighted):
+@pytest.mark.parametrize(
+    "tile_tokens, z_loss, softcap",
+    [(1, 0.0, None), (12, 0.0, None), (12, 1e-2, None), (12, 1e-2, 0.8), (1000, 0.0, None)],
+)
+def test_loss_and_gradients_are_those_of_the_full_logits(tile_tokens, z_loss, softcap, weighted):
     x, kernel, targets, weights = inputs()
     weights = weights if weighted else jnp.ones_like(weights)
 
     def tiled(x, kernel, weights):
         total, count = cross_entropy(
-            x, kernel, targets, weights, tile_tokens=tile_tokens, z_loss=z_loss, dtype=jnp.float32
+            x, kernel, targets, weights, tile_tokens=tile_tokens, z_loss=z_loss, softcap=softcap, dtype=jnp.float32
         )
         return total / count
 
     def full(x, kernel, weights):
         logits = jnp.einsum("btd,dv->btv", x, kernel)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         losses += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
         return jnp.sum(weights * losses) / jnp.sum(weights)

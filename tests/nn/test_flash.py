@@ -28,6 +28,8 @@ CASES = {
     "offset before the keys": dict(T=20, S=20, causal=True, q_offset=-5),
     "one query": dict(T=1, S=37, causal=True, q_offset=30),
     "causal, window, segments, dropout": dict(causal=True, window=9, segments=True, dropout=0.3),
+    "soft cap": dict(T=9, S=37, softcap=0.7),
+    "soft cap, causal, window, segments, dropout": dict(causal=True, window=9, segments=True, dropout=0.3, softcap=0.7),
 }
 HEADS = {"multi-head": (4, 4), "grouped": (4, 2), "multi-query": (4, 1)}
 EVERYTHING = "causal, window, segments, dropout"
@@ -205,6 +207,7 @@ def test_the_memory_test_can_fail():
         (dict(v=(2, 7, 2, 4)), r"v \(2, 7, 2, 4\)"),
         (dict(window=0), "window must be at least 1"),
         (dict(dropout=1.0), "below 1"),
+        (dict(softcap=0.0), "softcap must be positive"),
         (dict(block_q=0), "block_q must be at least 1"),
         (dict(q_segments_BT=jnp.zeros((2, 8), int)), "both sides"),
         (dict(q_segments_BT=jnp.zeros((2, 8), int), k_segments_BS=jnp.zeros((2, 9), int)), "shapes"),
@@ -254,9 +257,12 @@ def kept_entries(q, k, *, dropout=0.0, **options):
     return keep
 
 
-def definition(q, k, v, keep, *, causal=False, window=None, q_offset=0, scale=None, dropout=0.0, **options):
+def definition(
+    q, k, v, keep, *, causal=False, window=None, q_offset=0, scale=None, softcap=None, dropout=0.0, **options
+):
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     s = jnp.einsum("btnh,bsnh->bnts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
     t, u = q_offset + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
     visible = jnp.full(s.shape, True)
     visible &= (u <= t)[None, None] if causal else True

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revjax.nn import Rotary, dropout, rotary, stochastic_depth
+from revjax.nn import RopeScaling, Rotary, dropout, rotary, stochastic_depth
+from revjax.nn.rope_scaling import frequencies
 
 
 def test_rotary_is_a_rotation_of_complex_channels():
@@ -23,7 +24,41 @@ def test_position_zero_changes_nothing_and_the_dtype_stays():
     np.testing.assert_array_equal(y, x)
 
 
+def test_scaled_frequencies_are_what_their_papers_say():
+    """Beside these, parity with transformers in tests/conversion."""
+    plain = np.asarray(frequencies(1e4, 16))
+    scaled = lambda length=10, **options: np.asarray(RopeScaling(**options).frequencies(1e4, 16, jnp.int32(length)))
+    np.testing.assert_allclose(scaled(kind="linear", factor=4.0), plain / 4)
+    long = dict(factor=8.0, original_max_length=64)
+    llama3 = scaled(kind="llama3", **long)
+    waves = 2 * np.pi / plain
+    np.testing.assert_allclose(llama3[waves < 16], plain[waves < 16])
+    np.testing.assert_allclose(llama3[waves > 64], plain[waves > 64] / 8, rtol=1e-6)
+    yarn = scaled(kind="yarn", **long)
+    assert yarn[0] == plain[0] and yarn[-1] == plain[-1] / 8 and np.all(np.diff(yarn / plain) <= 0)
+    np.testing.assert_allclose(scaled(64, kind="dynamic", **long), plain, rtol=1e-6)
+    longer = scaled(128, kind="dynamic", **long) / plain
+    assert longer[0] == 1 and np.all(np.diff(longer) < 0)
+    factors = dict(short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)
+    np.testing.assert_allclose(scaled(64, kind="longrope", **long, **factors), plain)
+    np.testing.assert_allclose(scaled(65, kind="longrope", **long, **factors), plain / 2)
+
+
+def test_scaled_positions_are_scaled_in_attention_too():
+    x, positions = jax.random.normal(jax.random.key(0), (1, 5, 2, 8)), jnp.arange(0, 50, 10)[None]
+    linear = Rotary(100.0, RopeScaling(kind="linear", factor=10.0))
+    np.testing.assert_allclose(linear(x, positions), Rotary(100.0)(x, positions // 10), rtol=1e-5, atol=1e-6)
+    yarn = RopeScaling(kind="yarn", factor=4.0, original_max_length=64, attention_factor=1.5)
+    np.testing.assert_allclose(Rotary(100.0, yarn)(x, jnp.zeros((1, 5), int)), 1.5 * x, rtol=1e-6)
+
+
 def test_rotary_mistakes_are_named():
+    with pytest.raises(ValueError, match="factor must be positive"):
+        RopeScaling(kind="linear", factor=0.0)
+    with pytest.raises(ValueError, match="low_freq_factor must be below"):
+        RopeScaling(kind="llama3", low_freq_factor=4.0)
+    with pytest.raises(ValueError, match="longrope needs short_factor and long_factor"):
+        RopeScaling(kind="longrope", short_factor=(1.0,))
     with pytest.raises(ValueError, match="must be even, but got 7"):
         rotary(jnp.ones((1, 2, 1, 7)), jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match="must be positive"):

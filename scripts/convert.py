@@ -1,0 +1,4 @@
+from revjax.cli import call
+from revjax.cli.convert import convert
+
+raise SystemExit(call(convert))

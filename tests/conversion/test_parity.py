@@ -1,0 +1,58 @@
+"""A converted model computes what the one of transformers computes, and goes out again as it came in."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CASES, VOCAB_SIZE, make_hf, save_hf
+from safetensors.numpy import load_file
+
+from revjax.experiment import FromHFConfig, ToHFConfig, from_hf, load_run, to_hf
+from revjax.generation import generate
+
+torch = pytest.importorskip("torch", reason="parity is measured against transformers, which needs torch")
+transformers = pytest.importorskip("transformers")
+
+PLAIN = dict(coupling="residual", dtype="float32", exact=False)
+
+
+def tokens(length: int = 600) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, VOCAB_SIZE, (2, length), dtype=np.int32)
+
+
+def logits_of(model, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
+
+
+def ours(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.jit(load_run(folder).model)(jnp.asarray(tokens)))
+
+
+BASIC = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+CASES_BY_TIME = [name if name in BASIC else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", CASES_BY_TIME)
+def test_logits_and_tensors_are_those_of_transformers(name, tmp_path):
+    model = make_hf(name)
+    source = save_hf(model, tmp_path / "source")
+    from_hf(source, FromHFConfig(output=str(tmp_path / "run"), **PLAIN))
+    expected = logits_of(model, tokens())
+    found = ours(tmp_path / "run", tokens())
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    kind = to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "back")))
+    assert kind == type(model).__name__
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for tensor, values in before.items():
+        assert values.dtype == after[tensor].dtype and values.tobytes() == after[tensor].tobytes(), tensor
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert np.array_equal(logits_of(again, tokens(40)), logits_of(model, tokens(40)))
+    prompt = tokens(40)
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = again.generate(torch.from_numpy(prompt.astype(np.int64)), **options).numpy()[:, 40:]
+    assert np.array_equal(generate(load_run(tmp_path / "run").model, prompt, max_new_tokens=24, temperature=0), theirs)

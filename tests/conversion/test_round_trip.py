@@ -1,0 +1,176 @@
+"""What goes out as a checkpoint of transformers comes in again to the bit. Neither torch nor transformers is needed."""
+
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from models import save_tokenizer
+from safetensors.numpy import load_file, save_file
+
+import revjax.conversion.pretrained as pretrained
+from revjax import cli
+from revjax.config import load
+from revjax.conversion import FAMILIES, TensorFiles, open_pretrained, parameter_shapes, write_pretrained
+from revjax.errors import CheckpointError, ConfigError
+from revjax.experiment import FromHFConfig, RunConfig, ToHFConfig, from_hf, to_hf
+from revjax.models import Decoder, DecoderConfig
+from revjax.nn import RopeScaling
+from revjax.training import read_metrics
+
+SIZES = dict(vocab_size=101, d_model=32, num_layers=5, num_heads=4, d_ff=64)
+GEMMA = dict(norm_offset=1.0, post_norm=True, embedding_scale=math.sqrt(32), activation="gelu", window=8, head_dim=16)
+SHAPES = {
+    "llama": dict(num_kv_heads=2, rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_length=64)),
+    "mistral": dict(window=8, tie_embeddings=False),
+    "qwen2": dict(qkv_bias=True, window=8, layer_pattern=("global", "local")),
+    "qwen3": dict(qk_norm=True, head_dim=16),
+    "gemma2": GEMMA | dict(layer_pattern=("local", "global"), attention_softcap=50.0, logit_softcap=30.0),
+    "gemma3_text": GEMMA
+    | dict(layer_pattern=("local", "local", "global"), qk_norm=True, local_rope_base=1e4, rope_base=1e6),
+    "gpt2": dict(norm="layer", use_bias=True, gated=False, positions="learned", activation="gelu", max_length=64),
+}
+
+
+def config_of(family: str, **more) -> DecoderConfig:
+    return DecoderConfig(**{"coupling": "near-residual:1"} | SIZES | SHAPES[family] | more)
+
+
+def random_parameters(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return {n: draw.normal(0, 0.1, shape).astype(dtype) for n, (shape, dtype) in parameter_shapes(config).items()}
+
+
+def write(config: DecoderConfig, folder, **options) -> dict[str, np.ndarray]:
+    """A checkpoint of random parameters, with a tokenizer; returns these."""
+    params = random_parameters(config)
+    folder.mkdir()
+    write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], folder, **options)
+    save_tokenizer(folder)
+    return params
+
+
+def files_of(folder) -> dict[str, np.ndarray]:
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("granularity", ["branch", "block"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
+    config = config_of(family, granularity=granularity)
+    params = write(config, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
+    found = open_pretrained(tmp_path / "hf")
+    assert found.family is FAMILIES[family]
+    assert pretrained.architecture(found.config) == pretrained.architecture(config)
+
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), granularity=granularity))
+    read = TensorFiles(tmp_path / "run" / "model.safetensors")
+    assert set(read) == set(params)
+    for name, values in params.items():
+        assert np.array_equal(read.read(name), values), name
+    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again")))
+    before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "again")
+    assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
+    same = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_and_several_files(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "_LARGEST_FILE", 20_000)
+    write(config_of("gpt2"), tmp_path / "hf", dtype=dtype)
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    before = files_of(tmp_path / "hf")
+    assert {x.dtype for x in before.values()} == {np.dtype(getattr(ml_dtypes, dtype, None) or dtype)}
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
+    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again")))
+    after = files_of(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(before[n].tobytes() == after[n].tobytes() and before[n].dtype == after[n].dtype for n in before)
+
+
+def test_a_checkpoint_without_a_head_has_no_prefix(tmp_path):
+    params = write(config_of("gpt2"), tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): x for name, x in load_file(path).items()}
+    masks = {"h.0.attn.bias": np.ones((1, 1, 64, 64), bool), "h.0.attn.masked_bias": np.float32(-1e4)[None]}
+    save_file(tensors | masks, path)
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
+    read = TensorFiles(tmp_path / "run" / "model.safetensors")
+    assert all(np.array_equal(read.read(name), x) for name, x in params.items())
+
+
+def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"w{i % 90} w{i % 7} w{i % 50}" for i in range(1, 5000)))
+    write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
+    (tmp_path / "hf" / "generation_config.json").write_text("{}")
+    assert cli.main(["convert", "from-hf", str(tmp_path / "hf"), f"--output={tmp_path / 'run'}"]) == 0
+    assert "near-residual:4, branch by branch, exact streams" in capsys.readouterr().out
+    run = load(RunConfig, tmp_path / "run" / "config.yaml", environ={})
+    settings = [
+        f"--run.folder={tmp_path}",
+        "--run.name=tuned",
+        "--run.compilation_cache=null",
+        f"--training.start_from={tmp_path / 'run'}",
+        f"--data.source={tmp_path / 'text.txt'}",
+        f"--data.cache={tmp_path / 'tokens'}",
+        "--data.sequence_length=32",
+        "--data.batch_size=4",
+        "--training.steps=3",
+        "--training.eval_batches=2",
+        "--training.sample_tokens=4",
+        "--training.sample_prompt=w1",
+        "--mesh.data=1",
+    ]
+    assert cli.main(["train", str(tmp_path / "run" / "config.yaml"), *settings]) == 0
+    lines = read_metrics(tmp_path / "tuned" / "metrics.jsonl")
+    assert len(lines) == 3 and all(line["canary"] == line["unsafe"] == 0 for line in lines)
+    assert cli.main(["convert", "to-hf", str(tmp_path / "tuned"), f"--output={tmp_path / 'out'}"]) == 0
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "out")
+    assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+    assert run.model.readout == "last" and run.memory.plan == "nothing"
+
+
+def test_what_has_no_stock_architecture_is_refused(tmp_path):
+    for fields, message in [
+        (dict(coupling="midpoint:0.5"), "is not near to a stock architecture"),
+        (dict(coupling="near-residual:1", layer_scale=0.1), "no place for the parameters of layer_scale"),
+        (dict(coupling="near-residual:1", readout="learned"), "no place for the parameters of readout"),
+        (dict(coupling="bdia:1", gated=False), "No family of transformers has this architecture"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            pretrained.stock_config(config_of("llama", **fields))
+
+
+def test_values_that_the_smaller_type_does_not_hold_are_named(tmp_path):
+    config = config_of("llama")
+    params = random_parameters(config)
+    params["norm.scale"][0] = 1e6
+    (tmp_path / "hf").mkdir()
+    read = lambda name, i: params[name] if i is None else params[name][i]
+    with pytest.raises(CheckpointError, match="In float16, values of these tensors are not finite: model.norm.weight"):
+        write_pretrained(config, read, tmp_path / "hf", dtype="float16")
+
+
+def test_local_and_global_layers_see_what_they_should():
+    """The last token of a row reaches as far as its layers let it."""
+    config = DecoderConfig(**SIZES | {"num_layers": 2}, window=2, layer_pattern=("local", "global"), dtype="float32")
+    tokens = jnp.arange(1, 13)[None]
+    first_changed = tokens.at[0, 0].set(50)
+
+    def last_logits_differ(config):
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        return bool(jnp.any(model(tokens)[0, -1] != model(first_changed)[0, -1]))
+
+    assert last_logits_differ(config)
+    assert not last_logits_differ(dataclasses.replace(config, layer_pattern=()))
+    assert last_logits_differ(dataclasses.replace(config, layer_pattern=("global", "local")))
