@@ -278,7 +278,7 @@ def test_a_log_for_machines_is_one_json_object_a_line(tmp_path, capfd):
 
 
 def test_every_script_calls_its_command():
-    for name in ("train", "generate", "evaluate", "export", "tokenizer", "runs", "check", "benchmark"):
+    for name in ("train", "generate", "evaluate", "export", "convert", "tokenizer", "runs", "check", "benchmark"):
         text = (ROOT / "scripts" / f"{name}.py").read_text()
         assert f"from revjax.cli.{name} import {name}" in text and f"call({name})" in text
 

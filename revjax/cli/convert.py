@@ -14,8 +14,11 @@ USAGE = (
 DESCRIPTION = f"""{USAGE}
 
 from-hf makes a folder with config.json and safetensors, as transformers saves it, into the folder of a run that stands
-before its first step: train with --training.start_from=RUN and the model section of RUN/config.yaml, or generate and
-evaluate at once. to-hf writes a run's parameters as a checkpoint of the stock architecture, which transformers loads.
+before its first step, and says how far it is from the pretrained model, step by step: float32 here beside transformers
+(where that is installed), integer streams, the coupling, the compute dtype; and whether it is exact. Then train with
+RUN/config.yaml and --training.start_from=RUN, or generate and evaluate at once.
+
+to-hf writes a run's parameters as a checkpoint of the stock architecture, which transformers loads.
 
 Architectures: {", ".join(f.architecture for f in FAMILIES.values())}."""
 
@@ -35,8 +38,8 @@ def convert(argv: list[str]) -> int:
     setup()
     config = load(WAYS[way], (), settings, environ={})
     if way == "from-hf":
-        run = experiment.from_hf(names[1], config)
-        print(experiment.describe_from_hf(names[1], run))
+        run, fidelity = experiment.from_hf(names[1], config)
+        print(experiment.describe_from_hf(names[1], run, fidelity))
     else:
         architecture = experiment.to_hf(names[1], config)
         print(f"{'written':<12} {config.output}/: {architecture}")

@@ -49,7 +49,8 @@ def write_rope(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
         return {"rope_theta": base, "rope_scaling": None}
     default = RopeScaling(kind="linear")
     values = {name: getattr(scaling, name) for name in _FIELDS[scaling.kind]}
-    said = {n: v for n, v in values.items() if n in ("factor", "original_max_length") or v != getattr(default, n)}
+    always = ("factor", "original_max_length", "low_freq_factor", "high_freq_factor")
+    said = {n: v for n, v in values.items() if n in always or v != getattr(default, n)}
     plain = {_NAMES.get(n, n): list(v) if isinstance(v, tuple) else v for n, v in said.items()}
     return {"rope_theta": base, "rope_scaling": {"rope_type": scaling.kind, **plain}}
 

@@ -16,6 +16,7 @@ from .corpus import Text as Text
 from .corpus import find_texts as find_texts
 from .corpus import load_corpus as load_corpus
 from .rows import PackedRows as PackedRows
+from .tokenizer import SEPARATORS as SEPARATORS
 from .tokenizer import ByteTokenizer as ByteTokenizer
 from .tokenizer import FileTokenizer as FileTokenizer
 from .tokenizer import Tokenizer as Tokenizer

@@ -64,7 +64,7 @@ class Batches:
             grain.MapDataset.source(rows).seed((seed + i) % 2**32).shuffle().repeat() for i, rows in enumerate(sources)
         ]
         mixed = grain.MapDataset.mix(shuffled, [part.weight for part in corpus.train]) if shuffled[1:] else shuffled[0]
-        # Rows go on for ever; a remainder, of which there is none, grain would count in floats, and for one row overflow.
+        # Rows go on for ever. (For a remainder, grain counts in floats, and in batches of one row too far for an int.)
         self._dataset = mixed[index::count].batch(batch_size // count, drop_remainder=True)
         self._identity = {
             "text": corpus.fingerprint,

@@ -6,6 +6,7 @@ to_hf      the stock architecture, as other tools load it
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -26,12 +27,15 @@ from ..conversion import (
     write_pretrained,
 )
 from ..core import parse_coupling
-from ..data import DataConfig, load_tokenizer
+from ..data import SEPARATORS, DataConfig, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError
+from ..logging import get_logger
 from ..models import DecoderConfig
 from ..training import read_config
 from .config import FolderConfig, MemoryConfig, RunConfig
-from .trained import PARAMETERS, TOKENIZER, has_checkpoints, read_parameters
+from .fidelity import Fidelity, describe_fidelity, fitting_fraction_bits, measure, probe, source_logits
+from .fidelity_plot import plot_fidelity
+from .trained import PARAMETERS, TOKENIZER, has_checkpoints, read_file, read_parameters
 from .versions import versions
 
 PRETRAINED = "huggingface"  # what came with the parameters and goes out with them again: configs, tokenizer
@@ -53,6 +57,11 @@ class FromHFConfig:
     exact: bool = True  # integer streams
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters
+    measure: bool = True  # how far it is from the pretrained one; needs memory for the whole model
+    # What must not be exceeded; otherwise nothing is written.
+    max_source_error: float = 1e-4  # of a logit beside transformers, as a part of the largest logit
+    max_kl: float = 0.05  # of the reversible network from the ordinary one, nats a token; of revnet it is not asked
+    max_gradient_error: float = 1e-5  # beside the stored run, relative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +72,11 @@ class ToHFConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null is that of the pretrained model, or float32
 
 
-def from_hf(source: str | os.PathLike, config: FromHFConfig) -> RunConfig:
-    """Makes `config.output` a run that stands before its first step, with the parameters in `source`; returns it.
+def from_hf(source: str | os.PathLike, config: FromHFConfig) -> tuple[RunConfig, Fidelity | None]:
+    """Makes `config.output` a run that stands before its first step, with the parameters in `source`.
 
-    Raises a `RevjaxError` where that cannot be, and leaves nothing behind then.
+    Returns it, and how far it is from the pretrained model (None if that is not measured). Raises a `RevjaxError` where
+    it cannot be made or is too far, and leaves nothing behind then.
     """
     found = open_pretrained(pathlib.Path(source))
     output = pathlib.Path(config.output).expanduser()
@@ -85,6 +95,14 @@ def from_hf(source: str | os.PathLike, config: FromHFConfig) -> RunConfig:
     with _new_folder(output) as folder:
         metadata = {"config": json.dumps(dataclasses.asdict(run))}
         copy_parameters(found, model, folder / PARAMETERS, metadata)
+        fidelity = None
+        if config.measure:
+            fidelity, model = _measured(found, model, folder)
+            run = dataclasses.replace(run, model=model)
+            _check_fidelity(fidelity, config)
+            (folder / "fidelity.json").write_text(json.dumps(dataclasses.asdict(fidelity), indent=2) + "\n")
+            title = f"{found.folder.name}: {model.coupling}, {model.granularity} by {model.granularity}"
+            plot_fidelity(fidelity, folder / "fidelity.png", title=title)
         (folder / PRETRAINED).mkdir()
         for name in _KEPT:
             if (found.folder / name).is_file():
@@ -92,23 +110,25 @@ def from_hf(source: str | os.PathLike, config: FromHFConfig) -> RunConfig:
         shutil.copyfile(found.folder / TOKENIZER, folder / TOKENIZER)
         header = f"# {versions()}, from {found.family.architecture} in {found.folder}\n"
         (folder / "config.yaml").write_text(header + dump(run), encoding="utf-8")
-    return run
+    return run, fidelity
 
 
-def describe_from_hf(source: str | os.PathLike, run: RunConfig) -> str:
-    """What `from_hf` made, and what can be done with it, in a few lines."""
+def describe_from_hf(source: str | os.PathLike, run: RunConfig, fidelity: Fidelity | None) -> str:
+    """What `from_hf` made, how far it is from the source, and what can be done with it."""
     model, folder = run.model, run.run.path
+    measured = "" if fidelity is None else ", fidelity.json, fidelity.png"
     lines = {
         "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads, vocabulary "
         f"{model.vocab_size:,}, from {source}",
         "coupling": f"{model.coupling}, {model.granularity} by {model.granularity}, "
-        f"{'exact' if model.exact else 'float'} streams, {model.dtype}",
-        "written": f"{folder}/: config.yaml, {PARAMETERS}, {TOKENIZER}, {PRETRAINED}/",
+        f"{'exact' if model.exact else 'float'} streams of {model.fraction_bits} fraction bits, {model.dtype}",
+        "report": "" if fidelity is None else describe_fidelity(fidelity),
+        "written": f"{folder}/: config.yaml, {PARAMETERS}, {TOKENIZER}, {PRETRAINED}/{measured}",
         "on": f"python scripts/generate.py {folder} --prompt='...'",
         "": f"python scripts/train.py {folder}/config.yaml --run.name={run.run.name}-tuned "
         f"--training.start_from={folder} --data.source=TEXT",
     }
-    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+    return "\n".join(text if name == "report" else f"{name:<12} {text}" for name, text in lines.items() if text)
 
 
 def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
@@ -148,6 +168,47 @@ def keep_pretrained(source: str | os.PathLike, folder: pathlib.Path) -> None:
         temporary.rename(new)
 
 
+def _measured(found: Pretrained, model: DecoderConfig, folder: pathlib.Path) -> tuple[Fidelity, DecoderConfig]:
+    """How far `model`, with the parameters in `folder`, is from `found`; and `model` with streams wide enough."""
+    log = get_logger(__name__)
+    tokenizer = load_tokenizer(DataConfig(tokenizer=str(found.folder / TOKENIZER), separator=_separator(found.folder)))
+    tokens, params = probe(tokenizer, model), read_file(folder / PARAMETERS, model)
+    log.info("logits by transformers")
+    logits, no_logits = source_logits(found.folder, tokens)
+    log.info("logits and gradients of the networks in between")
+    fidelity = measure(model, params, tokens, logits, no_logits)
+    bits = fitting_fraction_bits(model, max(fidelity.largest_x))
+    if model.exact and bits < model.fraction_bits:
+        log.info(
+            "streams reach %.3g: %d fraction bits instead of %d", max(fidelity.largest_x), bits, model.fraction_bits
+        )
+        model = dataclasses.replace(model, fraction_bits=bits)
+        fidelity = measure(model, params, tokens, logits, no_logits)
+    return fidelity, model
+
+
+def _check_fidelity(found: Fidelity, config: FromHFConfig) -> None:
+    """Raises `CheckpointError` for a converted model that is not what it should be."""
+    source, coupling = found.distances.get("source"), found.distances["coupling"]
+    limits = [
+        ("a logit beside transformers", source and source.largest, config.max_source_error, "--max_source_error"),
+        ("KL of the reversible network", coupling.kl, config.max_kl, "--max_kl"),
+        ("gradients beside the stored run", found.gradient_error, config.max_gradient_error, "--max_gradient_error"),
+    ]
+    if not config.coupling.startswith(("near-residual", "bdia", "residual")):
+        del limits[1]  # it is another function
+    missed = [
+        f"{what}: {x:.2g}, and not above {limit:g} ({name})" for what, x, limit, name in limits if x and x > limit
+    ]
+    if found.canary or found.unsafe:
+        missed.append(f"exactness: canary {found.canary}, unsafe {found.unsafe}")
+    if missed or not math.isfinite(found.loss):
+        raise CheckpointError(
+            f"The converted model is not what it should be: {'; '.join(missed) or 'its loss is no number'}. Nothing "
+            "was written. A larger M of --coupling=near-residual:M comes nearer.\n" + describe_fidelity(found)
+        )
+
+
 def _reversible(found: Pretrained, config: FromHFConfig) -> DecoderConfig:
     try:
         model = dataclasses.replace(
@@ -168,20 +229,14 @@ def _reversible(found: Pretrained, config: FromHFConfig) -> DecoderConfig:
 
 
 def _check_tokenizer(folder: pathlib.Path, model: DecoderConfig) -> str | None:
-    """Returns the token between documents, where it is not one of the usual ones."""
+    """Returns the token between documents, where it is not one of the usual ones; raises `DataError` for none."""
     if not (folder / TOKENIZER).is_file():
         raise DataError(
             f"{folder} has no {TOKENIZER}. With transformers: AutoTokenizer.from_pretrained(FOLDER)"
             ".save_pretrained(FOLDER)"
         )
-    separator = None
-    try:
-        tokenizer = load_tokenizer(DataConfig(tokenizer=str(folder / TOKENIZER)))
-    except DataError as e:
-        separator = _end_of_text(folder)
-        if "data.separator" not in str(e) or separator is None:
-            raise
-        tokenizer = load_tokenizer(DataConfig(tokenizer=str(folder / TOKENIZER), separator=separator))
+    separator = _separator(folder)
+    tokenizer = load_tokenizer(DataConfig(tokenizer=str(folder / TOKENIZER), separator=separator))
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model knows {model.vocab_size}: "
@@ -190,14 +245,14 @@ def _check_tokenizer(folder: pathlib.Path, model: DecoderConfig) -> str | None:
     return separator
 
 
-def _end_of_text(folder: pathlib.Path) -> str | None:
-    """The token that tokenizer_config.json says ends a text."""
+def _separator(folder: pathlib.Path) -> str | None:
+    """What tokenizer_config.json says ends a text; None for one of the usual tokens."""
     try:
         token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return None
     token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    return token if isinstance(token, str) and token not in SEPARATORS else None
 
 
 def _parameters_file(folder: pathlib.Path) -> TensorFiles:

@@ -18,7 +18,7 @@ from ..conversion import TensorFiles
 from ..data import DataConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
-from ..models import Decoder
+from ..models import Decoder, DecoderConfig
 from ..training import split, split_abstract
 from ..training.folder import read_config
 from .config import RunConfig
@@ -77,6 +77,11 @@ def has_checkpoints(folder: pathlib.Path) -> bool:
 def read_parameters(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     """The parameters of the run in `folder`, by name: stack.runs.0.0.attention.query.kernel."""
     return _named(_read(folder)[2])
+
+
+def read_file(path: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
+    """The parameters of a decoder of `config` in a file that `export` or `from_hf` wrote, nested."""
+    return _of_file(path, split(nnx.eval_shape(lambda: Decoder(config, plan="all", rngs=nnx.Rngs(0))))[1])
 
 
 def _decoder(config: RunConfig) -> Decoder:

@@ -7,11 +7,12 @@ import struct
 
 import numpy as np
 import pytest
-from models import make_hf, save_hf
 from safetensors.numpy import load_file, save_file
 
 from revjax import cli
 from revjax.conversion import TensorFiles
+
+from .models import make_hf, save_hf
 
 pytest.importorskip("torch", reason="the checkpoints to damage are made by transformers")
 pytest.importorskip("transformers")
@@ -33,7 +34,8 @@ def message(capsys, folder, *words) -> str:
     before = sorted(folder.parent.iterdir())
     assert cli.main(["convert", "from-hf", str(folder), f"--output={folder.parent / 'run'}", *words]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and "Traceback" not in err
+    _, is_there, error = err.partition("error: ")  # after what was logged
+    assert out == "" and is_there and "Traceback" not in error
     assert sorted(folder.parent.iterdir()) == before
     return err
 
@@ -161,6 +163,13 @@ def test_a_tokenizer_of_another_model_and_none_at_all(folder, capsys):
     assert "has no tokenizer.json" in message(capsys, folder)
 
 
+def test_a_converted_model_that_is_too_far_from_its_source_is_not_written(folder, capsys):
+    found = message(capsys, folder, "--max_kl=1e-9", "--max_source_error=1e-12")
+    assert re.search(r"KL of the reversible network: .*, and not above 1e-09 \(--max_kl\)", found)
+    assert "a logit beside transformers: " in found and "float32 here beside transformers" in found
+    assert "Nothing was written" in found
+
+
 def test_mistakes_on_the_command_line(folder, capsys, tmp_path):
     assert "There is no folder" in message(capsys, folder.parent / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -170,7 +179,8 @@ def test_mistakes_on_the_command_line(folder, capsys, tmp_path):
     assert "is there already" in capsys.readouterr().err
     assert cli.main(["convert", "from-hff", str(folder), "--output=x"]) == 2
     assert "Did you mean 'from-hf'" in capsys.readouterr().err
-    assert cli.main(["convert", "from-hf", str(folder), f"--output={tmp_path / 'r'}", "--coupling=revnet"]) == 0
+    words = [f"--output={tmp_path / 'r'}", "--coupling=revnet", "--measure=false"]
+    assert cli.main(["convert", "from-hf", str(folder), *words]) == 0
     capsys.readouterr()
     assert cli.main(["convert", "to-hf", str(tmp_path / "r"), f"--output={tmp_path / 'out'}"]) == 2
     assert "is not near to a stock architecture" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from models import save_tokenizer
 from safetensors.numpy import load_file, save_file
 
 import revjax.conversion.pretrained as pretrained
@@ -21,6 +20,8 @@ from revjax.experiment import FromHFConfig, RunConfig, ToHFConfig, from_hf, to_h
 from revjax.models import Decoder, DecoderConfig
 from revjax.nn import RopeScaling
 from revjax.training import read_metrics
+
+from .models import save_tokenizer
 
 SIZES = dict(vocab_size=101, d_model=32, num_layers=5, num_heads=4, d_ff=64)
 GEMMA = dict(norm_offset=1.0, post_norm=True, embedding_scale=math.sqrt(32), activation="gelu", window=8, head_dim=16)
@@ -68,7 +69,7 @@ def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
     assert found.family is FAMILIES[family]
     assert pretrained.architecture(found.config) == pretrained.architecture(config)
 
-    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), granularity=granularity))
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), granularity=granularity, measure=False))
     read = TensorFiles(tmp_path / "run" / "model.safetensors")
     assert set(read) == set(params)
     for name, values in params.items():
@@ -88,7 +89,7 @@ def test_half_precision_and_several_files(dtype, tmp_path, monkeypatch):
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     before = files_of(tmp_path / "hf")
     assert {x.dtype for x in before.values()} == {np.dtype(getattr(ml_dtypes, dtype, None) or dtype)}
-    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), measure=False))
     to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again")))
     after = files_of(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -101,7 +102,7 @@ def test_a_checkpoint_without_a_head_has_no_prefix(tmp_path):
     tensors = {name.removeprefix("transformer."): x for name, x in load_file(path).items()}
     masks = {"h.0.attn.bias": np.ones((1, 1, 64, 64), bool), "h.0.attn.masked_bias": np.float32(-1e4)[None]}
     save_file(tensors | masks, path)
-    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), measure=False))
     read = TensorFiles(tmp_path / "run" / "model.safetensors")
     assert all(np.array_equal(read.read(name), x) for name, x in params.items())
 
@@ -111,7 +112,12 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
     write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
     (tmp_path / "hf" / "generation_config.json").write_text("{}")
     assert cli.main(["convert", "from-hf", str(tmp_path / "hf"), f"--output={tmp_path / 'run'}"]) == 0
-    assert "near-residual:4, branch by branch, exact streams" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "near-residual:4, branch by branch, exact streams of 16 fraction bits" in out
+    assert "canary 0, unsafe 0" in out and "gradients beside the stored run's 0.0e+00" in out
+    fidelity = json.loads((tmp_path / "run" / "fidelity.json").read_text())
+    assert fidelity["distances"]["rounding"]["kl"] < fidelity["distances"]["coupling"]["kl"] < 0.05
+    assert len(fidelity["largest_x"]) == 10 and (tmp_path / "run" / "fidelity.png").stat().st_size > 10_000
     run = load(RunConfig, tmp_path / "run" / "config.yaml", environ={})
     settings = [
         f"--run.folder={tmp_path}",
@@ -174,3 +180,18 @@ def test_local_and_global_layers_see_what_they_should():
     assert last_logits_differ(config)
     assert not last_logits_differ(dataclasses.replace(config, layer_pattern=()))
     assert last_logits_differ(dataclasses.replace(config, layer_pattern=("global", "local")))
+
+
+@pytest.mark.slow
+def test_streams_are_made_wide_enough_for_large_activations(tmp_path):
+    """Pretrained networks have a few channels with values in the thousands."""
+    config = config_of("llama")
+    params = random_parameters(config)
+    params["embedding.table"][:, 3] = 20_000.0
+    (tmp_path / "hf").mkdir()
+    write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf")
+    run, fidelity = from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
+    assert run.model.fraction_bits == 31 - 3 - 15 and fidelity is not None
+    assert fidelity.unsafe == fidelity.canary == 0 and max(fidelity.largest_x) > 19_999
+    assert load(RunConfig, tmp_path / "run" / "config.yaml", environ={}).model == run.model

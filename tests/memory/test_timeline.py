@@ -1,5 +1,6 @@
 """What a program holds while it runs, read from XLA's buffers: complete, and each with the line that it comes from."""
 
+import itertools
 import json
 
 import jax
@@ -35,9 +36,14 @@ def test_the_highest_point_is_what_xla_reserves(plan, dtype):
     reserved = compiled.memory_analysis().temp_size_in_bytes
     live = found.live(found.peak())
     assert found.temp_bytes == reserved
-    assert 0.95 * reserved < sum(buffer.bytes for buffer in live) <= reserved
-    taken = sorted((buffer.offset, buffer.bytes) for buffer in live)
-    assert all(offset + size <= reserved for offset, size in taken)
+    assert 0.9 * reserved < sum(buffer.bytes for buffer in live) <= reserved
+    # What is reserved and not alive then are holes of XLA's packing (0 to 5.2 % of these programs, jax 0.10.2 and
+    # 0.12.0.1): other buffers fill them at other times.
+    taken = sorted((buffer.offset, buffer.offset + buffer.bytes) for buffer in live)
+    holes = [(end, start) for (_, end), (start, _) in itertools.pairwise([(0, 0), *taken, (reserved, reserved)])]
+    fills = lambda hole: any(b.offset < hole[1] and hole[0] < b.offset + b.bytes for b in found.buffers)
+    assert all(fills(hole) for hole in holes if hole[1] - hole[0] >= 64)  # less is alignment
+    assert max(end for _, end in taken) <= reserved
 
 
 def test_a_buffer_lives_from_the_line_that_makes_it_to_the_last_that_reads_it():
