@@ -107,7 +107,7 @@ def test_an_ordinary_network_has_plans_of_its_own(text, tmp_path):
 
 def test_advice_names_settings_that_do_what_it_says(text, tmp_path):
     """The compiled step is smaller where advice says so, and what a step has already is not advised."""
-    basic = ["--model.d_model=64", "--data.sequence_length=128", "--data.batch_size=4", "--memory.plan=all"]
+    basic = ["--model.d_model=64", "--model.num_layers=8", "--data.sequence_length=128", "--memory.plan=all"]
     config = configure(text, tmp_path, *basic)
     devices = experiment.Devices.of(config)
     program = experiment.Program.of(config, devices)
@@ -119,7 +119,7 @@ def test_advice_names_settings_that_do_what_it_says(text, tmp_path):
             experiment.Program.of(configure(text, tmp_path, *basic, setting), devices).compile()
         )
         assert found[setting].bytes < 0 and other < now
-        assert 0.5 <= found[setting].bytes / (other - now) <= 2
+        assert 0.9 <= found[setting].bytes / (other - now) <= 1.1  # at 2 layers up to 2.5 (jax 0.12.0.1)
     assert found["--memory.accumulation=2"].time > 1 == found["--optimizer.moment_dtype=bfloat16"].time
     smallest = ["--memory.plan=nothing", "--memory.accumulation=4", "--optimizer.moment_dtype=bfloat16"]
     config = configure(text, tmp_path, *basic, *smallest)

@@ -7,6 +7,7 @@ errors that float streams show only after training show at once.
 import contextlib
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import nnx
 
 from ..core import trace
 from ..models import Decoder, DecoderConfig, value_and_grad
+from ..nn import RopeScaling
 
 EXACT_COUPLINGS = (
     "revnet",
@@ -44,6 +46,43 @@ class ExactnessConfig:
     scale_to: float = 20.0  # |x| that branches are scaled to reach
     learning_rate: float = 1e-4
 
+    def decoder(self) -> DecoderConfig:
+        return DecoderConfig(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads or self.d_model // 32,
+            qk_norm=self.qk_norm,
+            dropout=0.1,
+            coupling=self.coupling,
+            dtype=self.dtype,  # pyright: ignore[reportArgumentType]
+        )
+
+
+_GEMMA: dict[str, Any] = dict(norm_offset=1.0, post_norm=True, activation="gelu", window=24, embedding_scale=8.0)
+FAMILIES: dict[str, dict[str, Any]] = {  # what each family of pretrained decoders has that Llama has not
+    "gpt2": dict(norm="layer", use_bias=True, gated=False, positions="learned", activation="gelu"),
+    "llama": dict(num_kv_heads=2, rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_length=32)),
+    "mistral": dict(num_kv_heads=2, window=24, tie_embeddings=False),
+    "qwen2": dict(qkv_bias=True, window=24, layer_pattern=("global", "local")),
+    "qwen3": dict(
+        num_kv_heads=2, qk_norm=True, rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_length=32)
+    ),
+    "gemma2": _GEMMA | dict(layer_pattern=("local", "global"), attention_softcap=50.0, logit_softcap=30.0),
+    "gemma3": _GEMMA
+    | dict(layer_pattern=("local",) * 5 + ("global",), qk_norm=True, local_rope_base=1e4, rope_base=1e6),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FamilyConfig(ExactnessConfig):
+    """A family of pretrained decoders, with a coupling that comes near to the ordinary network."""
+
+    family: str
+
+    def decoder(self) -> DecoderConfig:
+        last = "last" if self.coupling.startswith("near-residual") else "auto"
+        return dataclasses.replace(super().decoder(), num_heads=4, readout=last, **FAMILIES[self.family])
+
 
 def exactness(config: ExactnessConfig) -> dict[str, float | str]:
     """Trains for `steps` updates and returns, over all of them, rows rebuilt wrong, unsafe elements, the largest |x|.
@@ -51,15 +90,7 @@ def exactness(config: ExactnessConfig) -> dict[str, float | str]:
     With `drift`, also how many rows come back wrong without pinning (one step), and how far float32 streams are
     off when the whole stack is inverted, relative to the largest |x|.
     """
-    decoder = DecoderConfig(
-        num_layers=config.num_layers,
-        d_model=config.d_model,
-        num_heads=config.num_heads or config.d_model // 32,
-        qk_norm=config.qk_norm,
-        dropout=0.1,
-        coupling=config.coupling,
-        dtype=config.dtype,  # pyright: ignore[reportArgumentType]
-    )
+    decoder = config.decoder()
     model = Decoder(decoder, rngs=nnx.Rngs(0))
     shape = (config.batch_size, config.sequence_length + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, decoder.vocab_size)
@@ -87,14 +118,20 @@ def unpinned():
 
 
 def scaled_until(model: Decoder, tokens: jax.Array, target: float) -> Decoder:
-    """The model with every branch's output projection multiplied until the largest |x| passes `target`."""
+    """The model with what ends a branch (a projection, or a norm) multiplied until the largest |x| passes `target`."""
     step = jax.jit(lambda model: _gradient(model, tokens, jax.random.key(2))[0][1].max_abs)
+    offset = model.config.norm_offset
+
+    def grown(path, a):
+        if "post_norm" in jax.tree_util.keystr(path):
+            return (a + offset) * 1.5 - offset
+        return a * 1.5 if _is_output(path) else a
+
     for _ in range(12):
         if float(step(model)) >= target:
             return model
         state = nnx.state(model.stack, nnx.Param)
-        grown = jax.tree_util.tree_map_with_path(lambda path, a: a * 1.5 if _is_output(path) else a, state)
-        nnx.update(model.stack, grown)
+        nnx.update(model.stack, jax.tree_util.tree_map_with_path(grown, state))
     raise ValueError(f"No scale of the branches brought |x| to {target}.")
 
 

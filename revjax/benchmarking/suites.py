@@ -11,7 +11,7 @@ import jax
 from ..errors import ConfigError
 from ..logging import get_logger
 from .cost import cost, draw
-from .exactness import EXACT_COUPLINGS, ExactnessConfig, exactness
+from .exactness import EXACT_COUPLINGS, FAMILIES, ExactnessConfig, FamilyConfig, exactness
 from .gradients import GradientsConfig, gradients
 from .loop import LoopConfig, loop
 from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
@@ -22,6 +22,7 @@ from .speed import SpeedConfig, speed
 
 _LONG: dict[str, Any] = dict(num_layers=96, d_model=128, sequence_length=128, batch_size=1)
 _WIDE: dict[str, Any] = dict(num_layers=24, d_model=256, sequence_length=512, batch_size=4)
+_TUNED: dict[str, Any] = dict(num_layers=24, d_model=64, sequence_length=64, batch_size=2)
 _ODD_LONG: dict[str, Any] = _LONG | {"sequence_length": 121}
 _ODD_WIDE: dict[str, Any] = _WIDE | {"sequence_length": 127}
 
@@ -37,6 +38,14 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
             ExactnessConfig(coupling="revnet", qk_norm=True, num_heads=4, dtype=dtype, **shape)
             for dtype in ("bfloat16", "float32")
             for shape in (_ODD_WIDE, _ODD_LONG)
+        ],
+    ),
+    "families": (
+        exactness,
+        [
+            FamilyConfig(family=f, coupling=c, steps=200, drift=False, **_TUNED)
+            for f in FAMILIES
+            for c in ("near-residual:4", "bdia:1")
         ],
     ),
     "gradients": (
@@ -124,6 +133,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
 
 ABOUT = {
     "exactness": "rows rebuilt wrong after training, for every coupling, beside float streams (about an hour)",
+    "families": "rows rebuilt wrong while pretrained families are tuned, at 24 layers (ten minutes)",
     "gradients": "gradients against stored activations, for six couplings in two dtypes (ten minutes)",
     "attention": "bytes of blockwise attention at three lengths (a minute)",
     "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",

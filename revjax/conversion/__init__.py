@@ -5,7 +5,8 @@
     families        what each architecture's config and tensors are, beside ours
     places          which of our stacked parameters belongs to which layer
     tensor_files    safetensors, tensor by tensor
-    pretrained      all of it together
+    pretrained      a checkpoint, and our parameters out of it
+    stock           our parameters as a checkpoint
 
 Nothing here needs torch or transformers.
 """
@@ -17,6 +18,6 @@ from .pretrained import Pretrained as Pretrained
 from .pretrained import copy_parameters as copy_parameters
 from .pretrained import open_pretrained as open_pretrained
 from .pretrained import read_config_json as read_config_json
-from .pretrained import stock_config as stock_config
-from .pretrained import write_pretrained as write_pretrained
+from .stock import stock_config as stock_config
+from .stock import write_pretrained as write_pretrained
 from .tensor_files import TensorFiles as TensorFiles

@@ -46,10 +46,10 @@ class TensorFiles:
         for path, expected in self._files().items():
             found = self._read_header(path)
             if twice := sorted(found.keys() & self._at.keys()):
-                raise CheckpointError(f"{path.name} and another file of {folder} both have {_some(twice)}.")
+                raise CheckpointError(f"{path.name} and another file of {folder} both have {some(twice)}.")
             if expected is not None and expected != found.keys():
                 missing, more = sorted(expected - found.keys()), sorted(found.keys() - expected)
-                what = f"{path.name} has not {_some(missing)}" if missing else f"{path.name} has {_some(more)} as well"
+                what = f"{path.name} has not {some(missing)}" if missing else f"{path.name} has {some(more)} as well"
                 raise CheckpointError(f"{folder / INDEX} does not fit its files: {what}.")
             self._at |= found
 
@@ -113,7 +113,7 @@ class TensorFiles:
         if not found:
             return ""
         return (
-            f" It has {_some(found)}: pickle may run any code, and is not opened. With transformers, in a place that "
+            f" It has {some(found)}: pickle may run any code, and is not opened. With transformers, in a place that "
             "you trust: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
 
@@ -193,10 +193,10 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON's objects may name a thing twice, of which the first would be lost."""
     twice = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
     if twice:
-        raise ValueError(f"{_some(twice)} comes twice")
+        raise ValueError(f"{some(twice)} comes twice")
     return dict(pairs)
 
 
-def _some(names: list[str]) -> str:
-    """The first few."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def some(names: list[str]) -> str:
+    """The first few of many names, in words."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -7,6 +7,7 @@ from .batches import Batch as Batch
 from .batches import Batches as Batches
 from .batches import batch_shapes as batch_shapes
 from .batches import validation_batches as validation_batches
+from .config import BYTES as BYTES
 from .config import STDLIB as STDLIB
 from .config import DataConfig as DataConfig
 from .config import TokenizerConfig as TokenizerConfig
@@ -16,9 +17,11 @@ from .corpus import Text as Text
 from .corpus import find_texts as find_texts
 from .corpus import load_corpus as load_corpus
 from .rows import PackedRows as PackedRows
+from .tokenizer import BYTE_0 as BYTE_0
 from .tokenizer import SEPARATORS as SEPARATORS
 from .tokenizer import ByteTokenizer as ByteTokenizer
 from .tokenizer import FileTokenizer as FileTokenizer
 from .tokenizer import Tokenizer as Tokenizer
+from .tokenizer import byte_tokenizer_json as byte_tokenizer_json
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tokenizer import train_tokenizer as train_tokenizer

@@ -19,6 +19,7 @@ from .config import BYTES, DataConfig
 from .documents import Documents
 from .files import find_files
 
+BYTE_0 = chr(256)  # how a tokenizer.json for bytes writes the separator
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 
 
@@ -79,6 +80,20 @@ class ByteTokenizer:
             return decode(bytes(known), is_last)
 
         return step
+
+
+def byte_tokenizer_json() -> str:
+    """The contents of a tokenizer.json that gives the tokens of `ByteTokenizer`, for tools that need a file.
+
+    Its vocabulary has a character for each byte, as GPT-2's has: the printable ones themselves, the others from 256 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    characters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: byte for byte, c in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    return tokenizer.to_str(pretty=True)
 
 
 class FileTokenizer:

@@ -27,7 +27,7 @@ from ..conversion import (
     write_pretrained,
 )
 from ..core import parse_coupling
-from ..data import SEPARATORS, DataConfig, load_tokenizer
+from ..data import BYTE_0, BYTES, SEPARATORS, DataConfig, Tokenizer, byte_tokenizer_json, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError
 from ..logging import get_logger
 from ..models import DecoderConfig
@@ -149,11 +149,16 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
     else:
         read = _parameters_file(source).read
     with _new_folder(output) as folder:
-        family = write_pretrained(run.model, read, folder, like=like, dtype=dtype)
+        more = {} if like else {"eos_token_id": _tokenizer_of(run, source).separator}
+        family = write_pretrained(run.model, read, folder, like=like, more=more, dtype=dtype)
         for name in _KEPT:
             if name != CONFIG and (source / PRETRAINED / name).is_file():
                 shutil.copyfile(source / PRETRAINED / name, folder / name)
-        if (source / TOKENIZER).is_file() and not (folder / TOKENIZER).exists():
+        if run.data.tokenizer == BYTES:
+            (folder / TOKENIZER).write_text(byte_tokenizer_json(), encoding="utf-8")
+            fast = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": BYTE_0}
+            (folder / "tokenizer_config.json").write_text(json.dumps(fast, indent=2) + "\n")
+        elif not (folder / TOKENIZER).exists():
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     return family.architecture
 
@@ -253,6 +258,12 @@ def _separator(folder: pathlib.Path) -> str | None:
         return None
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) and token not in SEPARATORS else None
+
+
+def _tokenizer_of(run: RunConfig, folder: pathlib.Path) -> Tokenizer:
+    """That of a run, as it lies in its folder."""
+    is_bytes = run.data.tokenizer == BYTES
+    return load_tokenizer(run.data if is_bytes else dataclasses.replace(run.data, tokenizer=str(folder / TOKENIZER)))
 
 
 def _parameters_file(folder: pathlib.Path) -> TensorFiles:

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-import revjax.conversion.pretrained as pretrained
+import revjax.conversion.stock as stock
 from revjax import cli
 from revjax.config import load
 from revjax.conversion import FAMILIES, TensorFiles, open_pretrained, parameter_shapes, write_pretrained
 from revjax.errors import CheckpointError, ConfigError
-from revjax.experiment import FromHFConfig, RunConfig, ToHFConfig, from_hf, to_hf
+from revjax.experiment import FromHFConfig, RunConfig, ToHFConfig, from_hf, load_run, to_hf
 from revjax.models import Decoder, DecoderConfig
 from revjax.nn import RopeScaling
 from revjax.training import read_metrics
@@ -67,7 +68,7 @@ def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
     found = open_pretrained(tmp_path / "hf")
     assert found.family is FAMILIES[family]
-    assert pretrained.architecture(found.config) == pretrained.architecture(config)
+    assert stock.architecture(found.config) == stock.architecture(config)
 
     from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), granularity=granularity, measure=False))
     read = TensorFiles(tmp_path / "run" / "model.safetensors")
@@ -83,7 +84,7 @@ def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_and_several_files(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "_LARGEST_FILE", 20_000)
+    monkeypatch.setattr(stock, "_LARGEST_FILE", 20_000)
     write(config_of("gpt2"), tmp_path / "hf", dtype=dtype)
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -154,7 +155,7 @@ def test_what_has_no_stock_architecture_is_refused(tmp_path):
         (dict(coupling="bdia:1", gated=False), "No family of transformers has this architecture"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            pretrained.stock_config(config_of("llama", **fields))
+            stock.stock_config(config_of("llama", **fields))
 
 
 def test_values_that_the_smaller_type_does_not_hold_are_named(tmp_path):
@@ -195,3 +196,22 @@ def test_streams_are_made_wide_enough_for_large_activations(tmp_path):
     assert run.model.fraction_bits == 31 - 3 - 15 and fidelity is not None
     assert fidelity.unsafe == fidelity.canary == 0 and max(fidelity.largest_x) > 19_999
     assert load(RunConfig, tmp_path / "run" / "config.yaml", environ={}).model == run.model
+
+
+def test_a_model_of_bytes_that_was_trained_here_goes_out_with_a_tokenizer_of_bytes(tmp_path, capsys):
+    settings = [
+        *(f"--run.folder={tmp_path}", "--run.name=bytes", "--run.compilation_cache=null", "--mesh.data=1"),
+        *("--model.coupling=near-residual:1", "--model.readout=last", "--training.steps=2", "--training.eval_every=2"),
+    ]
+    assert cli.main(["train", "configs/tiny.yaml", f"--data.cache={tmp_path / 'tokens'}", *settings]) == 0
+    assert cli.main(["convert", "to-hf", str(tmp_path / "bytes"), f"--output={tmp_path / 'hf'}"]) == 0
+    assert "hf/: LlamaForCausalLM" in capsys.readouterr().out
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    text = "né\0 x\n\t日本 \x7f\xa0 def f():\r\n"
+    assert tokenizer.encode(text).ids == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 0
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "again"), coupling="near-residual:1", measure=False))
+    first, again = load_run(tmp_path / "bytes"), load_run(tmp_path / "again")
+    assert again.tokenizer.separator == first.tokenizer.separator == 0
+    prompt = jnp.asarray(first.tokenizer.encode("def f("))[None]
+    np.testing.assert_array_equal(first.model(prompt), again.model(prompt))

@@ -144,7 +144,7 @@ def test_the_backward_pass_of_an_mlp_keeps_no_step_inside_the_activation(gated, 
 
 
 def test_mlp_mistakes_are_named():
-    with pytest.raises(ValueError, match="one of gelu, silu, relu, but got 'swish'"):
+    with pytest.raises(ValueError, match="one of gelu, gelu_exact, silu, relu, but got 'swish'"):
         MLP(8, 16, activation="swish", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="below 1"):
         MLP(8, 16, dropout=-0.1, rngs=nnx.Rngs(0))
