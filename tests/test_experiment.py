@@ -99,6 +99,7 @@ def test_without_settings_of_memory_the_fastest_step_is_taken_that_the_device_ho
     assert "memory.budget 8GB is not used: memory.plan is 'nothing', not auto" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_ordinary_network_has_plans_of_its_own(text, tmp_path):
     config = configure(text, tmp_path, "--model.coupling=residual", "--memory.plan=auto", "--memory.budget=aggressive")
     assert experiment.build(config, dry=True).config.memory.plan == "inputs"

@@ -163,6 +163,7 @@ def test_a_tokenizer_of_another_model_and_none_at_all(folder, capsys):
     assert "has no tokenizer.json" in message(capsys, folder)
 
 
+@pytest.mark.slow
 def test_a_converted_model_that_is_too_far_from_its_source_is_not_written(folder, capsys):
     found = message(capsys, folder, "--max_kl=1e-9", "--max_source_error=1e-12")
     assert re.search(r"KL of the reversible network: .*, and not above 1e-09 \(--max_kl\)", found)

@@ -108,6 +108,7 @@ def test_a_checkpoint_without_a_head_has_no_prefix(tmp_path):
     assert all(np.array_equal(read.read(name), x) for name, x in params.items())
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"w{i % 90} w{i % 7} w{i % 50}" for i in range(1, 5000)))
     write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
@@ -198,6 +199,7 @@ def test_streams_are_made_wide_enough_for_large_activations(tmp_path):
     assert load(RunConfig, tmp_path / "run" / "config.yaml", environ={}).model == run.model
 
 
+@pytest.mark.slow
 def test_a_model_of_bytes_that_was_trained_here_goes_out_with_a_tokenizer_of_bytes(tmp_path, capsys):
     settings = [
         *(f"--run.folder={tmp_path}", "--run.name=bytes", "--run.compilation_cache=null", "--mesh.data=1"),
