@@ -100,7 +100,7 @@ def copy_parameters(found: Pretrained, config: DecoderConfig, path: pathlib.Path
             tensor = found.family.tensors[place.role]
             name = found.name(tensor, place.layer)
             theirs = found.tensors.read(name)
-            if not np.isfinite(theirs.astype(np.float32)).all():
+            if not np.isfinite(theirs).all():
                 wrong[name] = None
             writer.write(place.name, tensor.to_ours(theirs, place.shape), place.index)
     if wrong:

@@ -56,7 +56,7 @@ def write_pretrained(
         with TensorWriter(folder / file, {name: shapes[name] for name in names}, {"format": "pt"}) as writer:
             for name in names:
                 value = _their_value(family, tensors[name], read, target)
-                if not np.isfinite(value.astype(np.float32)).all():
+                if not np.isfinite(value).all():
                     wrong.append(name)
                 writer.write(name, value)
     if wrong:

@@ -166,7 +166,7 @@ class TensorWriter:
         shape, dtype = self._shapes[name]
         part = shape if index is None else shape[1:]
         assert x.shape == part, (name, x.shape, part)
-        data = np.ascontiguousarray(x.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(x, dtype).reshape(-1).view(np.uint8)
         self._file.seek(self._start[name] + (index or 0) * data.nbytes)
         self._file.write(data.data)
         self._missing -= data.nbytes
