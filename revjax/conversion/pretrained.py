@@ -29,14 +29,14 @@ class Pretrained:
 
     Attributes:
       config: the ordinary network that it is: float streams, in float32.
-      names: by parameter and index of ours, the tensor of theirs.
+      bare: whether its tensors have not the prefix of a model with a head.
     """
 
     folder: pathlib.Path
     family: Family
     config: DecoderConfig
     tensors: TensorFiles
-    bare: bool  # without the prefix of a model with a head
+    bare: bool
 
     def name(self, tensor: Tensor, layer: int | None) -> str:
         """What `tensor` is called in these files."""

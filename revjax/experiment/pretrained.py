@@ -195,15 +195,18 @@ def _measured(found: Pretrained, model: DecoderConfig, folder: pathlib.Path) -> 
 def _check_fidelity(found: Fidelity, config: FromHFConfig) -> None:
     """Raises `CheckpointError` for a converted model that is not what it should be."""
     source, coupling = found.distances.get("source"), found.distances["coupling"]
+    error = None if source is None else source.largest
     limits = [
-        ("a logit beside transformers", source and source.largest, config.max_source_error, "--max_source_error"),
+        ("a logit beside transformers", error, config.max_source_error, "--max_source_error"),
         ("KL of the reversible network", coupling.kl, config.max_kl, "--max_kl"),
         ("gradients beside the stored run", found.gradient_error, config.max_gradient_error, "--max_gradient_error"),
     ]
     if not config.coupling.startswith(("near-residual", "bdia", "residual")):
         del limits[1]  # it is another function
     missed = [
-        f"{what}: {x:.2g}, and not above {limit:g} ({name})" for what, x, limit, name in limits if x and x > limit
+        f"{what}: {x:.2g}, and not above {limit:g} ({name})"
+        for what, x, limit, name in limits
+        if x is not None and not x <= limit
     ]
     if found.canary or found.unsafe:
         missed.append(f"exactness: canary {found.canary}, unsafe {found.unsafe}")

@@ -43,8 +43,8 @@ class Rotary:
         if head_dim % 2:
             raise ValueError(f"Rotary embeddings pair up channels, so head_dim must be even, but got {head_dim}.")
         wide = accumulator(x_BTNH.dtype)
-        turns = self.frequencies(head_dim, positions_BT)
-        angles = positions_BT.astype(wide)[:, :, None, None] * turns[None, None, None, :]
+        positions_BT11 = positions_BT.astype(wide)[:, :, None, None]
+        angles = positions_BT11 * self.frequencies(head_dim, positions_BT)[None, None, None, :]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.scaling is not None and self.scaling.magnitude != 1:
             cos, sin = cos * self.scaling.magnitude, sin * self.scaling.magnitude

@@ -1,5 +1,6 @@
 """What goes out as a checkpoint of transformers comes in again to the bit. Neither torch nor transformers is needed."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,8 @@ from revjax.config import load
 from revjax.conversion import FAMILIES, TensorFiles, open_pretrained, parameter_shapes, write_pretrained
 from revjax.errors import CheckpointError, ConfigError
 from revjax.experiment import FromHFConfig, RunConfig, ToHFConfig, from_hf, load_run, to_hf
+from revjax.experiment.fidelity import Distance, Fidelity
+from revjax.experiment.pretrained import _check_fidelity
 from revjax.models import Decoder, DecoderConfig
 from revjax.nn import RopeScaling
 from revjax.training import read_metrics
@@ -146,6 +149,44 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
     assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert any(not np.array_equal(before[name], after[name]) for name in before)
     assert run.model.readout == "last" and run.memory.plan == "nothing"
+
+
+def test_another_dtype_can_go_out_than_came_in(tmp_path):
+    write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), measure=False))
+    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "out"), dtype="float32"))
+    before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "out")
+    assert all(x.dtype == np.float32 and np.array_equal(x, before[name]) for name, x in after.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, None),
+        (dict(gradient_error=1e-3), r"gradients beside the stored run: 0.001, and not above 1e-05"),
+        (dict(canary=2), "exactness: canary 2, unsafe 0"),
+        (dict(unsafe=1), "exactness: canary 0, unsafe 1"),
+        (dict(loss=math.nan), "its loss is no number"),
+        (dict(kl=math.nan), "KL of the reversible network: nan"),
+        (dict(source=math.nan), "a logit beside transformers: nan"),
+    ],
+)
+def test_no_number_and_no_exactness_are_refused_like_too_large_a_distance(change, message):
+    near = Distance(largest=1e-6, kl=1e-6, top1=1.0)
+    kl, source = (change.pop(name, 1e-6) for name in ("kl", "source"))
+    distances = {
+        "source": dataclasses.replace(near, largest=source),
+        "rounding": near,
+        "coupling": dataclasses.replace(near, kl=kl),
+        "dtype": near,
+    }
+    sizes = {"reversible": 1, "checkpoint": 2, "stored": 3}
+    found = dict(loss=1.0, plain_loss=1.0, canary=0, unsafe=0, largest_x=[1.0], gradient_error=0.0, bytes=sizes)
+    fidelity = Fidelity(tokens=9, distances=distances, no_source=None, **found | change)
+    context = contextlib.nullcontext() if message is None else pytest.raises(CheckpointError, match=message)
+    with context:
+        _check_fidelity(fidelity, FromHFConfig(output="x"))
 
 
 def test_what_has_no_stock_architecture_is_refused(tmp_path):
