@@ -9,7 +9,6 @@ keys are saved by their caller as `jax.random.key_data`.
 """
 
 import contextlib
-import ctypes
 import functools
 import gc
 import itertools
@@ -18,7 +17,6 @@ import logging
 import os
 import pathlib
 import shutil
-import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -241,7 +239,6 @@ class Checkpointer:
             promise.result()
         except Exception as e:
             raise self._not_saved(step, e) from e
-        _give_back_free_memory()
         if step not in self.steps():
             raise CheckpointError(f"Step {step} was written, but is not in {self.folder}: did something delete it?")
 
@@ -275,18 +272,6 @@ class Checkpointer:
 
     def __exit__(self, *exception):
         self.close()
-
-
-def _give_back_free_memory() -> None:
-    """Has glibc's malloc return to the system what is free; elsewhere does nothing.
-
-    Orbax writes with dozens of threads, and malloc keeps for each what it once needed: without this, the memory of a
-    long run creeps up with every save.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 def _root_cause(e: BaseException) -> str:

@@ -16,6 +16,7 @@ from ..checkpoint import Checkpointer
 from ..data import Batches
 from ..errors import CheckpointError
 from ..logging import Progress, get_logger
+from .host_memory import HostMemory
 from .metrics import MetricsLog, rewinds_to
 from .reader import Pending, Reader, Trouble, Work
 from .signals import StopRequest
@@ -155,6 +156,7 @@ class _Training:
         self.log: MetricsLog = metrics_log
         self.stop_request: StopRequest = stop_request
         self.watchdog = Watchdog(config.stall_after_s)
+        self.host_memory = HostMemory()
         self.step = int(state.step)
         self.held_out: tuple[int, float] | None = None  # the latest evaluation: its step, its loss
         self.stopped = False
@@ -187,6 +189,7 @@ class _Training:
         waited = time.perf_counter() - started
         with self.watchdog.watch(f"step {self.step + 1} to begin"):
             state, metrics = self.train_step(self.state, batch)  # returns at once: the device works on
+        self.host_memory.give_back_in_time()
         if not self._read():  # the step before this one
             self.state, self.step = state, self.step + 1
             self.reader.pending = Pending(self.step, metrics, before, self.batches.state(), waited)

@@ -1,0 +1,40 @@
+"""Keeps the resident memory of a long run flat: malloc gives back what is free, again and again.
+
+Steps, evaluations and checkpoints, which dozens of threads write, ask for blocks of every size between one another's.
+What they free lies in holes, which glibc keeps, and touches more of as time goes on: measured on the quickstart, whose
+live memory stays at 130 MB, the holes grow by 20 MB a minute.
+"""
+
+import ctypes
+import functools
+import sys
+import time
+
+GIVE_BACK_EVERY_S = 10.0  # it takes 1 to 7 ms
+
+
+class HostMemory:
+    """Gives back what is free, at most once in `every_s` seconds, whenever it is asked."""
+
+    def __init__(self, every_s: float = GIVE_BACK_EVERY_S):
+        self.every_s = every_s
+        self._last = time.monotonic()
+
+    def give_back_in_time(self) -> None:
+        if time.monotonic() - self._last >= self.every_s:
+            give_back()
+            self._last = time.monotonic()
+
+
+def give_back() -> None:
+    """Has glibc's malloc return whole pages that are free to the system; with another malloc, does nothing."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim():
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
