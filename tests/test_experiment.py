@@ -21,6 +21,7 @@ from revjax.config import load
 from revjax.data import Batches, ByteTokenizer, train_tokenizer
 from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from revjax.experiment import MemoryConfig, RunConfig
+from revjax.experiment.trained import read_parameters
 from revjax.models import Decoder
 from revjax.training import RunFolder, read_metrics, split
 
@@ -663,6 +664,44 @@ def test_a_run_begins_with_the_parameters_of_another(finished, text, tmp_path):
     ):
         with pytest.raises((ConfigError, RunFolderError), match=message):
             experiment.build(configure(text, tmp_path / "other", begin, *settings))
+
+
+def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, text, tmp_path):
+    base = finished[0].run.path
+    settings = ("--run.name=lora", f"--training.start_from={base}", "--model.lora.rank=4", "--training.seed=1")
+    ready = experiment.build(configure(text, tmp_path, *settings))
+    theirs = finished[2].outcome.state.params
+    assert all(map(np.array_equal, jax.tree.leaves(ready.state.frozen), jax.tree.leaves(theirs)))
+    assert "of which 5,120 of adapters are trained" in experiment.announce(ready)
+    result = experiment.run(ready)
+    state = result.outcome.state
+    assert all(map(np.array_equal, jax.tree.leaves(state.frozen), jax.tree.leaves(theirs)))
+    again = experiment.build(configure(text, tmp_path, *settings))
+    assert again.start_step == 10
+    assert all(map(np.array_equal, jax.tree.leaves(again.state), jax.tree.leaves(state)))
+    validation = read_metrics(result.folder / "validation.jsonl")[-1]["loss"]
+    (done,) = experiment.evaluate(result.folder, experiment.EvaluateConfig(max_batches=2))
+    assert done.loss == pytest.approx(validation, rel=1e-6)
+
+    merged = read_parameters(result.folder)
+    query = "stack.runs.0.0.attention.query"
+    adapter = {x: np.asarray(state.params["stack"]["runs"]["0"]["0"]["attention"]["query"]["adapter"][x]) for x in "ab"}
+    expected = np.einsum("ldr,lrnh->ldnh", adapter["a"], adapter["b"]) * 32 / 4
+    before = theirs["stack"]["runs"]["0"]["0"]["attention"]["query"]["kernel"]
+    np.testing.assert_allclose(merged[f"{query}.kernel"], before + expected, atol=1e-6)
+    assert np.abs(expected).max() > 1e-4 and f"{query}.adapter.a" not in merged
+    # What goes on from it, or leaves it, is the model without adapters.
+    onward = configure(
+        text, tmp_path, "--run.name=onward", f"--training.start_from={result.folder}", "--training.seed=2"
+    )
+    params = experiment.build(onward).state.params
+    np.testing.assert_array_equal(
+        params["stack"]["runs"]["0"]["0"]["attention"]["query"]["kernel"], merged[f"{query}.kernel"]
+    )
+    experiment.to_hf(result.folder, experiment.ToHFConfig(output=str(tmp_path / "hf")))
+    with safe_open(tmp_path / "hf" / "model.safetensors", "numpy") as file:
+        theirs = file.get_tensor("model.layers.1.self_attn.q_proj.weight")
+    np.testing.assert_array_equal(theirs.T, merged[f"{query}.kernel"][1].reshape(32, 32))
 
 
 def test_parameters_are_exported_as_safetensors(finished, tmp_path, capsys):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .layers import Layers, by_f, given, of_layer
 from .pin import opaque_zero
 from .plan import All, Inputs, Reverse
-from .trace import Function, is_float
+from .trace import Function, combine, is_float, partition
 
 PyTree = Any
 
@@ -148,25 +148,29 @@ def with_params(shared: dict, inputs: tuple) -> tuple:
 
 def arguments(shared: dict, closure, x, inputs: dict) -> PyTree:
     """What a `Function` takes."""
+    layer = inputs["layer"]
     keywords = given(
-        side=inputs["side"],
+        side=_of_this_layer(inputs["side"], layer),
         shared=shared["shared"],
         context=shared["context"],
         tape=inputs.get("tape"),
         cache=inputs.get("cache"),
     )
-    return _of_this_layer(inputs["params"], inputs["layer"]), x, keywords, closure
+    return _of_this_layer(inputs["params"], layer), x, keywords, closure
 
 
 def _of_this_layer(params: PyTree, layer: jax.Array) -> PyTree:
-    """The same parameters, as something that only the loop can compute.
+    """The same parameters, frozen ones too, as something that only the loop can compute.
 
     On TPU, XLA moves what is done to parameters alone out of the loop over layers (the cast to bf16, above all)
     and does it for all layers at once: a copy of the whole stack. A zero that depends on the layer keeps it in.
     """
+    floats, others = partition(params)
+    if not jax.tree.leaves(floats):
+        return params
     add_zero = lambda a: a + jnp.where(layer < 0, 1, 0).astype(a.dtype)
-    on_tpu = lambda params: jax.tree.map(lambda a: add_zero(a) if is_float(a) else a, params)
-    return jax.lax.platform_dependent(params, tpu=on_tpu, default=lambda params: params)
+    on_tpu = lambda floats: jax.tree.map(add_zero, floats)
+    return combine(jax.lax.platform_dependent(floats, tpu=on_tpu, default=lambda floats: floats), others)
 
 
 def step_vjp(layers: Layers, x_prev, x, fx, n):

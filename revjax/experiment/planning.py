@@ -203,6 +203,7 @@ def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: s
         plan=config.memory.plan,
         accumulation=config.memory.accumulation,
         num_params=sum(on_device(x) for x in jax.tree.leaves(shapes.params)),
+        num_frozen=sum(on_device(x) for x in jax.tree.leaves(shapes.frozen)),
         state_bytes=sum(on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
         balance=None if hardware is None else known_hardware(hardware).balance,
     )

@@ -140,7 +140,8 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
     source = pathlib.Path(source).expanduser()
     run = read_config(source, RunConfig)
     like = read_config_json(source / PRETRAINED) if (source / PRETRAINED / CONFIG).is_file() else None
-    stock_config(run.model, like)  # before any work
+    model = dataclasses.replace(run.model, lora=None)  # adapters are added to what they are beside
+    stock_config(model, like)  # before any work
     output = pathlib.Path(config.output).expanduser()
     dtype = config.dtype or (like or {}).get("dtype") or (like or {}).get("torch_dtype") or "float32"
     if has_checkpoints(source):
@@ -150,7 +151,7 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
         read = _parameters_file(source).read
     with _new_folder(output) as folder:
         more = {} if like else {"eos_token_id": _tokenizer_of(run, source).separator}
-        family = write_pretrained(run.model, read, folder, like=like, more=more, dtype=dtype)
+        family = write_pretrained(model, read, folder, like=like, more=more, dtype=dtype)
         for name in _KEPT:
             if name != CONFIG and (source / PRETRAINED / name).is_file():
                 shutil.copyfile(source / PRETRAINED / name, folder / name)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ..data import ByteTokenizer, Tokenizer, batch_shapes
 from ..errors import ConfigError
-from ..models import Decoder
+from ..models import Decoder, without_adapters
 from ..training import (
     Skeleton,
     TrainState,
@@ -21,6 +21,7 @@ from ..training import (
     split,
     split_abstract,
     step_compiler_options,
+    united,
 )
 from .config import RunConfig
 from .devices import Devices
@@ -46,7 +47,7 @@ class Program:
 
     devices: Devices
     make_model: Callable[[], Decoder]
-    start: Callable[[dict[str, Any]], TrainState]  # from parameters
+    start: Callable[[dict[str, Any]], TrainState]  # from all parameters
     skeleton: Skeleton
     shapes: TrainState  # without values, but with shardings
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -59,18 +60,23 @@ class Program:
         make_model = lambda: Decoder(
             devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
         )
-        skeleton, params = split_abstract(make_model)
+        skeleton, values = split_abstract(make_model)
         schedule = make_schedule(config.optimizer, training.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
-        start = functools.partial(
-            init_state,
-            optimizer=optimizer,
-            key=step_key,
-            ema=training.ema_decay is not None,
-            loss_scale=config.model.dtype == "float16",
-            spikes=training.spike_sigmas is not None,
-        )
-        shapes = devices.shapes_of_state(jax.eval_shape(start, params))
+
+        def start(values: dict[str, Any]) -> TrainState:
+            params, frozen = skeleton.divide(values)
+            return init_state(
+                params,
+                optimizer,
+                step_key,
+                frozen=frozen,
+                ema=training.ema_decay is not None,
+                loss_scale=config.model.dtype == "float16",
+                spikes=training.spike_sigmas is not None,
+            )
+
+        shapes = devices.shapes_of_state(jax.eval_shape(start, values))
         step = make_train_step(
             skeleton,
             functools.partial(next_token_loss, z_loss=training.z_loss),
@@ -97,11 +103,16 @@ class Program:
         return self.lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
 
     def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
-        """The state before the first step, its arrays made where they belong: random, or from the run `start_from`."""
+        """The state before the first step, its arrays made where they belong: random, or from the run `start_from`.
+
+        Adapters always begin anew.
+        """
+        random = lambda: split(self.make_model())[1]
         if start_from is None:
-            return self.devices.make(lambda: self.start(split(self.make_model())[1]), self.shapes)
-        params = parameters_of(start_from, self.shapes.params, tokenizer)
-        return self.devices.make(self.start, self.shapes, params)
+            return self.devices.make(lambda: self.start(random()), self.shapes)
+        base = without_adapters(united(self.shapes.params, self.shapes.frozen))
+        params = parameters_of(start_from, base, tokenizer)
+        return self.devices.make(lambda params: self.start(united(random(), params)), self.shapes, params)
 
 
 def stepper(config: RunConfig, compiled: Any, program: Program, seed: int = 0) -> Callable[[], None]:

@@ -18,8 +18,8 @@ from ..conversion import TensorFiles
 from ..data import DataConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
-from ..models import Decoder, DecoderConfig
-from ..training import split, split_abstract
+from ..models import Decoder, DecoderConfig, merge_adapters
+from ..training import split, split_abstract, united
 from ..training.folder import read_config
 from .config import RunConfig
 
@@ -42,7 +42,7 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
 
     Raises a `RevjaxError` where there is no run, no checkpoint, or no tokenizer.
     """
-    config, data, params = _read(folder)
+    config, data, params = _read(folder, merged=False)
     skeleton, _ = split_abstract(lambda: _decoder(config))
     model = typing.cast(Decoder, skeleton.merge(jax.tree.map(jax.numpy.asarray, params)))
     return TrainedRun(config, data, model, load_tokenizer(data))
@@ -51,7 +51,8 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
 def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The parameters of the run in `folder`, for a model whose own are as `like` and which reads `tokenizer`'s tokens.
 
-    They are numpy's: on no device yet. Raises a `RevjaxError` where there are none, or they are not for such a model.
+    Adapters are added to what they are beside. All are numpy's: on no device yet. Raises a `RevjaxError` where there
+    are none, or they are not for such a model.
     """
     _, data, params = _read(folder)
     if load_tokenizer(data).fingerprint != tokenizer.fingerprint:
@@ -75,7 +76,7 @@ def has_checkpoints(folder: pathlib.Path) -> bool:
 
 
 def read_parameters(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The parameters of the run in `folder`, by name: stack.runs.0.0.attention.query.kernel."""
+    """The parameters of the run in `folder`, adapters added, by name: stack.runs.0.0.attention.query.kernel."""
     return _named(_read(folder)[2])
 
 
@@ -88,8 +89,11 @@ def _decoder(config: RunConfig) -> Decoder:
     return Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0))
 
 
-def _read(folder: str | os.PathLike) -> tuple[RunConfig, DataConfig, dict[str, Any]]:
-    """The configuration of a run, its data section with the tokenizer of the folder, and its parameters, in numpy."""
+def _read(folder: str | os.PathLike, *, merged: bool = True) -> tuple[RunConfig, DataConfig, dict[str, Any]]:
+    """The configuration of a run, its data section with the tokenizer of the folder, and its parameters, in numpy.
+
+    With `merged`, those of the model without adapters, and its configuration.
+    """
     folder = pathlib.Path(folder).expanduser()
     config = read_config(folder, RunConfig)
     _, shapes = split(nnx.eval_shape(lambda: _decoder(config)))
@@ -102,7 +106,11 @@ def _read(folder: str | os.PathLike) -> tuple[RunConfig, DataConfig, dict[str, A
     data = config.data
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
-    return config, data, jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
+    params = jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
+    if merged and config.model.lora is not None:
+        params = merge_adapters(params, config.model.lora)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=None))
+    return config, data, params
 
 
 def _of_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
@@ -111,7 +119,7 @@ def _of_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
     for step, error in damaged.items():
         message = "The checkpoint of step %d in %s is damaged (%s): that of step %d is used here."
         get_logger(__name__).warning(message, step, folder, error.why, meta["step"])
-    return nested.get("ema", nested["params"])
+    return united(nested.get("ema", nested["params"]), nested.get("frozen", {}))
 
 
 def _of_file(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:

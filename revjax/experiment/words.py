@@ -32,8 +32,8 @@ def announce(experiment: Experiment) -> str:
     lines = {
         "run": f"{config.run.name}{going_on}, on {_devices(experiment)} {device.device_kind} ({device.platform})",
         "versions": versions(),
-        "model": f"{num_params(experiment.skeleton.abstract):,} parameters: {model.num_layers} layers, "
-        f"d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
+        "model": f"{num_params(experiment.skeleton.abstract):,} parameters{_trained(experiment)}: "
+        f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
         "text": _texts(corpus),
         "training": f"{steps - start:,} steps of {data.batch_size} x {data.sequence_length} tokens: {tokens:,} tokens, "
         f"{_number((steps - start) * data.batch_size / experiment.batches.rows_per_epoch)} epochs, "
@@ -50,6 +50,11 @@ def announce(experiment: Experiment) -> str:
         "results": f"{experiment.folder.path}/",
     }
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def _trained(experiment: Experiment) -> str:
+    lora, model = experiment.config.model.lora, experiment.skeleton.abstract
+    return "" if lora is None else f", of which {num_params(model, trained_only=True):,} of adapters are trained"
 
 
 def _devices(experiment: Experiment) -> str:

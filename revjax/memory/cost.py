@@ -64,35 +64,39 @@ def step_cost(
     plan: str = "nothing",
     accumulation: int = 1,
     num_params: int,
+    num_frozen: int = 0,
     state_bytes: int,
     balance: float | None = None,
 ) -> Cost:
     """The cost of a step on `batch_size` rows of one device, cut into `accumulation` micro-batches.
 
     Args:
-      num_params, state_bytes: of the parameters, and of them with the optimizer's arrays.
+      num_params, num_frozen: parameters that are trained, and that are not.
+      state_bytes: of all of them, with the optimizer's arrays.
       balance: FLOPs that the device does in the time that a byte takes; None: as of the devices that are here.
     """
     rows = -(-batch_size // accumulation)
     sizes = Sizes(config, rows, sequence_length)
     parts = kept_layers(config, plan)
     kept_of_parts = [_kept(sizes, keep, num_layers) for num_layers, keep in parts]
-    gradients, sums = jnp.dtype(config.param_dtype).itemsize * num_params, 0
+    width = jnp.dtype(config.param_dtype).itemsize if config.lora is None else 4  # adapters are in fp32
+    gradients, sums = width * num_params, 0
     if accumulation > 1:  # in fp32, and beside them the gradients of one micro-batch, but for those of layers
+        tables = 0 if config.lora is not None else 1 if config.tie_embeddings else 2
         sums = 4 * num_params
-        gradients = sums + 4 * config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+        gradients = sums + 4 * config.vocab_size * config.d_model * tables
     kept = sum(kept_of_parts)
     moments = {
         "loss": kept + sums + _loss(sizes),
         "attention": 0,
         "MLP": 0,
-        "update": jnp.dtype(config.param_dtype).itemsize * num_params + sizes.largest_layer_parameter,
+        "update": width * num_params + sizes.largest_layer_parameter,
     }
     for i, (_, keep) in enumerate(parts):  # those after it are done, and what they kept is free
         there = sum(kept_of_parts[: i + 1]) + gradients
         moments["attention"] = max(moments["attention"], there + _attention(sizes, _manner(keep)))
         moments["MLP"] = max(moments["MLP"], there + _mlp(sizes, _manner(keep)))
-    flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params)
+    flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params, num_frozen)
     balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
     moves = _MOVES.get(jax.default_backend(), _DEFAULT_MOVES)
     time = flops + balance * (moved + moves * accumulation * kept)
@@ -221,7 +225,8 @@ def _loss(s: Sizes) -> int:
     table = config.vocab_size * config.d_model
     tile = min(config.loss_tile, s.tokens) * config.vocab_size
     streams = Count(streams=5, low_streams=1) if low else Count(streams=6)
-    return int(streams.bytes(s) + 2 * 4 * tile + 4 * table + (2 * s.width if low else 4) * table)
+    gradient = 0 if config.lora is not None else 4 * table
+    return int(streams.bytes(s) + 2 * 4 * tile + gradient + (2 * s.width if low else 4) * table)
 
 
 def _attention(s: Sizes, manner: str) -> int:
@@ -275,7 +280,13 @@ def _manner(keep: Keep) -> str:
 
 
 def _work(
-    config: DecoderConfig, batch_size: int, sequence_length: int, plan: str, accumulation: int, num_params: int
+    config: DecoderConfig,
+    batch_size: int,
+    sequence_length: int,
+    plan: str,
+    accumulation: int,
+    num_params: int,
+    num_frozen: int,
 ) -> tuple[float, float]:
     """FLOPs of a step, and the bytes of parameters and their gradients that it moves."""
     tokens = batch_size * sequence_length
@@ -283,7 +294,7 @@ def _work(
     parts = kept_layers(config, plan)
     again = sum(n for n, keep in parts if not isinstance(keep, All)) / config.num_layers
     passes = 2 + again  # over the parameters: forward, again, backward
-    moved = accumulation * 4 * num_params * (passes + (2 if accumulation > 1 else 1))
+    moved = accumulation * 4 * (num_params * (passes + (2 if accumulation > 1 else 1)) + num_frozen * passes)
     tiles = math.ceil(tokens / accumulation / config.loss_tile) * accumulation
     moved += tiles * config.vocab_size * config.d_model * (2 + 2 * 4)  # the kernel, and its gradient so far
     if config.mlp_chunk and config.mlp_chunk < sequence_length:

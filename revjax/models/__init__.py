@@ -14,6 +14,11 @@ from .gradients import Report as Report
 from .gradients import stacks_of as stacks_of
 from .gradients import value_and_add_grad as value_and_add_grad
 from .gradients import value_and_grad as value_and_grad
+from .lora import Frozen as Frozen
+from .lora import LoRAConfig as LoRAConfig
+from .lora import add_adapters as add_adapters
+from .lora import merge_adapters as merge_adapters
+from .lora import without_adapters as without_adapters
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset
 from .stack import MutatedVariableError as MutatedVariableError

@@ -1,16 +1,20 @@
 """What a decoder is, in numbers counted by hand: parameters, FLOPs per token, a summary."""
 
+import math
+
 import jax
 from flax import nnx
 
 from ..core.plan import All, Keep, Reverse, for_runs
 from .decoder import Decoder
 from .decoder_config import DecoderConfig
+from .lora import Frozen
 
 
-def num_params(model: nnx.Module) -> int:
+def num_params(model: nnx.Module, *, trained_only: bool = False) -> int:
     """How many parameters `model` has (an abstract one, from nnx.eval_shape, will do)."""
-    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    wanted = nnx.Param if trained_only else nnx.Any(nnx.Param, Frozen)
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, wanted)))
 
 
 def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
@@ -18,9 +22,14 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
 
     6 for each parameter of a matrix product, and 12 for each channel and visible position of attention
     (two products, three passes, two FLOPs each). The convention is PaLM's (arXiv:2204.02311, appendix B), but
-    with the masked half of attention left out.
+    with the masked half of attention left out. Where there are adapters, what they are beside is frozen: 4.
     """
-    return 3 * config.num_layers * layer_forward_flops(config, sequence_length) + 6 * config.vocab_size * config.d_model
+    forward = config.num_layers * layer_forward_flops(config, sequence_length)
+    head = 2 * config.vocab_size * config.d_model
+    if config.lora is None:
+        return 3 * (forward + head)
+    frozen = head + config.num_layers * 2 * sum(math.prod(shape) for shape in layer_kernels(config).values())
+    return 3 * (forward + head) - frozen
 
 
 def hardware_flops_per_token(config: DecoderConfig, sequence_length: int, plan: str) -> float:
@@ -48,10 +57,24 @@ def kept_layers(config: DecoderConfig, plan: str) -> list[tuple[int, Keep]]:
 
 def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of one layer's forward pass for one token: 2 for each weight, and the kernel of attention."""
-    heads = config.num_heads * config.head_size
-    attention = config.d_model * (2 * heads + 2 * config.kv_heads * config.head_size)
-    mlp = (3 if config.gated else 2) * config.d_model * config.mlp_width
-    return 2.0 * (attention + mlp) + attention_kernel_flops(config, sequence_length)
+    kernels = layer_kernels(config)
+    weights = sum(math.prod(shape) for shape in kernels.values())
+    if config.lora is not None:
+        weights += sum(config.lora.rank * sum(kernels[name]) for name in config.lora.layers if name in kernels)
+    return 2.0 * weights + attention_kernel_flops(config, sequence_length)
+
+
+def layer_kernels(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each matrix of a layer."""
+    heads, kv_heads = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    attention = {
+        "query": (config.d_model, heads),
+        "key": (config.d_model, kv_heads),
+        "value": (config.d_model, kv_heads),
+    }
+    mlp = {"up": (config.d_model, config.mlp_width), "down": (config.mlp_width, config.d_model)}
+    gate = {"gate": mlp["up"]} if config.gated else {}
+    return attention | {"out": (heads, config.d_model)} | gate | mlp
 
 
 def attention_kernel_flops(config: DecoderConfig, sequence_length: int) -> float:
@@ -72,6 +95,8 @@ def summary(model: Decoder) -> str:
     head = "tied to the embedding" if model.head is None else f"{config.d_model} x {config.vocab_size}"
     rows.append(("norm, head", head, num_params(model.norm) + (0 if model.head is None else num_params(model.head))))
     rows.append(("total", f"{config.coupling}, {'exact' if config.exact else 'float'} streams", num_params(model)))
+    if config.lora is not None:
+        rows.append(("trained", f"adapters of rank {config.lora.rank}", num_params(model, trained_only=True)))
     width = [max(len(str(row[i])) for row in rows) for i in (0, 1)]
     return "\n".join(f"{name:<{width[0]}}  {shape:<{width[1]}}  {n:>14,}" for name, shape, n in rows)
 

@@ -25,6 +25,7 @@ from ..core.plan import Plan
 from ..nn import Embedding, KVCache, LearnedPositions, Linear, cross_entropy
 from .branches import MLPBranch, make_branches, make_norm
 from .decoder_config import DecoderConfig
+from .lora import add_adapters
 from .stack import ReversibleStack
 
 PyTree = Any
@@ -82,6 +83,8 @@ class Decoder(nnx.Module):
         if config.param_dtype != "float32":
             cast = lambda p: p.astype(config.param_dtype)
             nnx.update(self, jax.tree.map(cast, nnx.state(self, nnx.Param)))
+        if config.lora is not None:
+            add_adapters(self, config.lora, rngs=rngs)
 
     def __call__(self, tokens_BT: jax.Array, **inputs) -> jax.Array:
         """Returns logits_BTV, fp32. `inputs` as for `hidden`."""

@@ -8,6 +8,7 @@ from ..core import AbstractCoupling, parse_coupling
 from ..core.coupling import COUPLINGS
 from ..errors import ConfigError, nearest
 from ..nn import RopeScaling
+from .lora import LoRAConfig
 
 LayerKind = Literal["local", "global"]
 
@@ -55,6 +56,7 @@ class DecoderConfig:
     granularity: Literal["branch", "block"] = "branch"  # what one f is
     readout: Literal["auto", "mean", "last", "learned", "concat"] = "auto"  # of the streams; auto: as the coupling says
     second_stream: Literal["copy", "zero", "own"] = "copy"  # begins as the first, as 0, or as an embedding of its own
+    lora: LoRAConfig | None = None  # train small adapters, and freeze everything else; null trains everything
     layer_scale: float | None = None  # start of a learned factor for each channel of every increment; null is none
     exact: bool = True  # integer streams
     fraction_bits: int = 16

@@ -275,7 +275,8 @@ def branch_function(
 
     def f(params, x, side=None, shared=None, context=None, tape=None, cache=None):
         state, key = (state_L, None) if side is None else side  # no leaves: nothing was passed
-        params = params if gather is None else gather(params)
+        if gather is not None:
+            params, state = gather(params), gather(state)
         module = nnx.merge(graphdef, params, state, copy=True)
         given = dict(shared or {}, **static, key=key, context=context, tape=tape, cache=cache)
         given = {k: v for k, v in given.items() if v is not None and (k in keywords or ... in keywords)}

@@ -18,6 +18,7 @@ from .embedding import LearnedPositions as LearnedPositions
 from .flash import flash_attention as flash_attention
 from .flash import flash_attention_with_lse as flash_attention_with_lse
 from .linear import Linear as Linear
+from .linear import LowRank as LowRank
 from .mlp import MLP as MLP
 from .norm import LayerNorm as LayerNorm
 from .norm import RMSNorm as RMSNorm

@@ -1,6 +1,7 @@
 """A dense layer from some trailing axes to others.
 
     y_BTNH = x_BTD . kernel_DNH + bias_NH
+    y_BTNH += scale (x_BTD . a_DR) . b_RNH          with an adapter of low rank R (LoRA, arXiv:2106.09685)
 
 The kernel is stored in fp32 and cast for the product, and its gradient is accumulated in fp32.
 `init_std=None` is 1 / sqrt(fan-in), which keeps the variance of x.
@@ -31,6 +32,8 @@ class Linear(nnx.Module):
     (3, 2, 4)
     """
 
+    adapter: Any = None  # a `LowRank`: see `revjax.models.add_adapters`
+
     def __init__(
         self,
         in_dims: int | Sequence[int],
@@ -57,7 +60,23 @@ class Linear(nnx.Module):
         if self.bias is not None:
             bias = self.bias[...].astype(self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+class LowRank(nnx.Module):
+    """scale (x . a) . b: what an adapter adds to a `Linear` of these axes. 0 at the start, since b is."""
+
+    def __init__(self, in_dims, out_dims, *, rank: int, scale: float, dtype=jnp.bfloat16, rngs: nnx.Rngs):
+        in_dims, out_dims = _as_tuple(in_dims), _as_tuple(out_dims)
+        std = 1 / math.sqrt(math.prod(in_dims))
+        self.a = nnx.Param(std * jax.random.normal(rngs.params(), (*in_dims, rank), jnp.float32))
+        self.b = nnx.Param(jnp.zeros((rank, *out_dims), jnp.float32))
+        self.scale, self.dtype = scale, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a = self.a[...]
+        y: Any = _dense(1, _dense(a.ndim - 1, x.astype(self.dtype), a), self.b[...])
+        return self.scale * y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

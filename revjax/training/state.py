@@ -1,8 +1,9 @@
 """What a run carries from step to step, as plain arrays; and what is left of a module without them.
 
-    model  <->  (skeleton, params)        params: nested dicts with string keys, the leaves of nnx.Param
+    model  <->  (skeleton, values)        values: nested dicts with string keys, the leaves of nnx.Param and Frozen
+    values <->  (params, frozen)          what is trained, and what is not
 
-The skeleton holds what is not trained. It is static for a whole run, so a jitted step closes over it.
+The skeleton holds the rest. It is static for a whole run, so a jitted step closes over it.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from ..models import Frozen
 from .loss_scale import init_loss_scale
 from .spikes import init_spikes
 
@@ -28,6 +30,7 @@ class TrainState:
     """Everything that the next step depends on, but for its batch."""
 
     params: Nested
+    frozen: Nested  # parameters that are not trained; {} where all are
     opt_state: PyTree
     ema: Nested  # float32: a running mean of params; {} where none is kept
     loss_scale: Nested  # see `loss_scale`; {} where losses are not scaled
@@ -38,8 +41,9 @@ class TrainState:
 
     @property
     def eval_params(self) -> Nested:
-        """What evaluation and sampling take: the running mean of the parameters where there is one."""
-        return jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.ema, self.params) if self.ema else self.params
+        """All parameters, as evaluation and sampling take them: their running mean where there is one."""
+        mean = jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.ema, self.params) if self.ema else self.params
+        return united(mean, self.frozen)
 
     def as_dict(self) -> Nested:
         """Nested dicts of arrays, as a checkpoint holds them."""
@@ -59,29 +63,34 @@ class Skeleton:
 
     graphdef: Any
     params: nnx.State  # abstract: shapes and dtypes
+    frozen: nnx.State  # likewise
     rest: nnx.State  # other variables (constants, the canary's zeros)
 
-    def merge(self, params: Nested) -> nnx.Module:
-        """The module with these parameters. Works under `jax.jit`, and with abstract arrays."""
-        return nnx.merge(self.graphdef, self.as_state(params), self.rest, copy=True)
+    def merge(self, values: Nested) -> nnx.Module:
+        """The module with these parameters, frozen ones too. Works under `jax.jit`, and with abstract arrays."""
+        return nnx.merge(self.graphdef, self.as_state(values), _filled(self.frozen, values), self.rest, copy=True)
 
     def as_state(self, nested: Nested) -> nnx.State:
-        """What has the structure of the parameters (they themselves, gradients) as flax has it."""
+        """What has the structure of the trained parameters (they themselves, gradients) as flax has it."""
         return _filled(self.params, nested)
+
+    def divide(self, values: Nested) -> tuple[Nested, Nested]:
+        """Of all parameters, those that are trained, and those that are frozen."""
+        return to_nested(self.as_state(values)), to_nested(_filled(self.frozen, values))
 
     @property
     def abstract(self) -> nnx.Module:
         """The module without values: for names and shapes."""
-        return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
+        return nnx.merge(self.graphdef, self.params, self.frozen, self.rest, copy=True)
 
 
 def split(model: nnx.Module) -> tuple[Skeleton, Nested]:
-    """Returns `model` as its skeleton and its parameters, which are the model's own arrays."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    """Returns `model` as its skeleton and all of its parameters, which are the model's own arrays."""
+    graphdef, params, frozen, rest = nnx.split(model, nnx.Param, Frozen, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"{type(model).__name__} has no nnx.Param, so there is nothing to train.")
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    return Skeleton(graphdef, abstract, rest), to_nested(params)
+    abstract = lambda state: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    return Skeleton(graphdef, abstract(params), abstract(frozen), rest), united(to_nested(params), to_nested(frozen))
 
 
 def split_abstract(make_model: Callable[[], nnx.Module]) -> tuple[Skeleton, Nested]:
@@ -96,14 +105,17 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     *,
+    frozen: Nested | None = None,
     ema: bool = False,
     loss_scale: bool = False,
     spikes: bool = False,
 ) -> TrainState:
-    """The state before the first step. It holds `params` itself: a step that donates the state uses them up.
+    """The state before the first step. It holds the parameters themselves: a step that donates the state uses them up.
 
     Args:
+      params: those that are trained.
       key: of the whole run: every step folds its number into it.
+      frozen: those that are not, see `Skeleton.divide`.
       ema: keep a running mean of the parameters.
       loss_scale: scale losses, for float16.
       spikes: remember losses, to tell spikes.
@@ -111,6 +123,7 @@ def init_state(
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
+        frozen={} if frozen is None else frozen,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if ema else {},
         loss_scale=init_loss_scale() if loss_scale else {},
@@ -119,6 +132,12 @@ def init_state(
         skipped=zero(),
         key=jax.random.key_data(key),
     )
+
+
+def united(first: Nested, second: Nested) -> Nested:
+    """Both as one: the inverse of `Skeleton.divide`. A leaf that both have is the second's."""
+    both = {name: (first[name], second[name]) for name in first.keys() & second.keys()}
+    return first | second | {name: united(a, b) for name, (a, b) in both.items() if isinstance(a, dict)}
 
 
 def to_nested(tree: PyTree) -> PyTree:

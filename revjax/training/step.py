@@ -20,7 +20,7 @@ from ..models.gradients import value_and_add_grad, value_and_grad
 from .loss_scale import next_loss_scale
 from .norms import KnownNorm, global_norm
 from .spikes import find_spike
-from .state import Nested, Skeleton, TrainState, to_nested
+from .state import Nested, Skeleton, TrainState, to_nested, united
 
 PyTree = Any
 # (sum of losses, sum of weights), and maybe a dict of further sums, which are reported as means.
@@ -68,7 +68,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         scale = state.loss_scale.get("scale", 1.0)
-        grads, (total, weight, more), report = sums(state.params, batch, key, scale)
+        grads, (total, weight, more), report = sums(state.params, state.frozen, batch, key, scale)
         weight = jnp.where(weight == 0, 1, weight)
         # No quotient exists as an array: products with 1 / weight are part of the update, wherever it reads a gradient.
         # XLA must not begin before the norm is there, so the factor seems to depend on it, which is never below 0.
@@ -97,6 +97,7 @@ def make_train_step(
         keep_old = lambda new, old: jax.tree.map(lambda n, o: jnp.where(refuse, o, n), new, old)
         new_state = TrainState(
             params=keep_old(params, state.params),
+            frozen=state.frozen,
             opt_state=keep_old(opt_state, state.opt_state),
             ema=keep_old(ema, state.ema),
             step=state.step + 1,
@@ -136,17 +137,17 @@ def step_compiler_options(backend: str) -> dict[str, bool]:
 
 
 def _gradient_sums(skeleton: Skeleton, loss: Loss) -> Callable:
-    """(params, batch, key, scale) -> (d (scale loss_sum) / d params, (loss_sum, weight_sum, more sums), report).
+    """(params, frozen, batch, key, scale) -> d (scale loss_sum) / d params, (loss_sum, weight_sum, more sums), report.
 
     With `so_far`, gradients come added to these.
     """
 
-    def sums(params, batch, key, scale, so_far=None):
+    def sums(params, frozen, batch, key, scale, so_far=None):
         def scaled(model):
             total, weight, *more = loss(model, batch, key)
             return total * scale, (total, jnp.asarray(weight, jnp.float32), *(more or [{}]))
 
-        model = skeleton.merge(params)
+        model = skeleton.merge(united(params, frozen))
         if so_far is None:
             ((_, summed), report), grads = value_and_grad(scaled, has_aux=True)(model)
         else:
@@ -167,17 +168,19 @@ def _accumulated(sums: Callable, n: int) -> Callable:
             raise ValueError(f"accumulation={n} must divide the rows of every array in a batch, but got {x.shape}.")
         return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)  # rows i, i + n, ... (stay on their device)
 
-    def accumulated(params, batch, key, scale):
+    def accumulated(params, frozen, batch, key, scale):
         micro_batches = jax.tree.map(lambda x: deal(jnp.asarray(x)), batch)
         wide = lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32))
 
         def add(carry, inputs):
             micro_batch, i = inputs
-            grads, summed, report = sums(params, micro_batch, jax.random.fold_in(key, i), scale, so_far=carry[0])
+            grads, summed, report = sums(
+                params, frozen, micro_batch, jax.random.fold_in(key, i), scale, so_far=carry[0]
+            )
             return (grads, jax.tree.map(jnp.add, carry[1], summed), carry[2].merged(report)), None
 
         one = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(sums, params, one, key, scale)
+        shapes = jax.eval_shape(sums, params, frozen, one, key, scale)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         start = (jax.tree.map(wide, zeros[0]), *zeros[1:])
         (grads, summed, report), _ = jax.lax.scan(add, start, (micro_batches, jnp.arange(n)))
