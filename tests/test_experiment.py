@@ -11,6 +11,7 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from safetensors import safe_open
@@ -702,6 +703,51 @@ def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, tex
     with safe_open(tmp_path / "hf" / "model.safetensors", "numpy") as file:
         theirs = file.get_tensor("model.layers.1.self_attn.q_proj.weight")
     np.testing.assert_array_equal(theirs.T, merged[f"{query}.kernel"][1].reshape(32, 32))
+
+
+def test_of_conversations_only_what_the_assistant_says_is_learned(tmp_path, capsys):
+    chats = [
+        [{"role": "user", "content": f"What is {i} squared?"}, {"role": "assistant", "content": f"It is {i * i}."}]
+        for i in range(300)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    settings = (
+        f"--data.chat_template={tmp_path / 'chat.jinja'}",
+        "--data.text_field=messages",
+        "--model.dtype=float32",
+        "--model.exact=false",
+        "--model.coupling=residual",
+        "--memory.plan=inputs",
+        "--training.steps=2",
+    )
+    config = configure(tmp_path / "chats.jsonl", tmp_path, *settings)
+    ready = experiment.build(config)
+    batch, params = ready.batches.batch(0), ready.state.params
+    logits = ready.skeleton.merge(params)(
+        batch["tokens"][:, :-1], segment_ids=batch["segment_ids"], positions=batch["positions"]
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    expected = float((losses * batch["weights"]).sum() / batch["weights"].sum())
+    result = experiment.run(ready)
+    (tmp_path / "chat.jinja").unlink()  # the run has its own
+    first = read_metrics(result.folder / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["loss"] != pytest.approx(float(losses.mean()), rel=1e-5)
+    (done,) = experiment.evaluate(result.folder, experiment.EvaluateConfig())
+    learned = [b for chat in chats for b in f"{chat[1]['content']}\n".encode()]
+    assert 0 < done.num_tokens < len(learned) and np.isfinite(done.loss)
+    run = experiment.load_run(result.folder)
+    prompt = experiment.chat_tokenizer(run, result.folder).encode("Hi")
+    assert bytes(prompt.tolist()) == b"[user]Hi\n[assistant]"
+    assert cli.main(["generate", str(result.folder), "--chat=true", "--prompt=Hi", "--max_new_tokens=4"]) == 0
+    assert capsys.readouterr().out.startswith("Hi\n")
+    without = dataclasses.replace(run, data=dataclasses.replace(run.data, chat_template=None))
+    with pytest.raises(ConfigError, match="no chat template in .*: none of chat_template.json"):
+        experiment.chat_tokenizer(without, tmp_path)
 
 
 def test_parameters_are_exported_as_safetensors(finished, tmp_path, capsys):

@@ -25,13 +25,15 @@ def generate(argv: list[str]) -> int:
     prompts = None if options.prompts is None else experiment.read_prompts(options.prompts)
     experiment.use_compilation_cache("auto")
     setup()
-    run = experiment.load_run(one_name(names, USAGE))
+    folder = one_name(names, USAGE)
+    run = experiment.load_run(folder)
+    tokenizer = experiment.chat_tokenizer(run, folder) if options.chat else run.tokenizer
     if prompts is not None:
-        for prompt, text in experiment.sample_texts(run.model, run.tokenizer, prompts, options):
+        for prompt, text in experiment.sample_texts(run.model, tokenizer, prompts, options):
             print(shown(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)), flush=True)
         return 0
-    print(shown(options.prompt), end="", flush=True)
-    for text in experiment.stream_text(run.model, run.tokenizer, options):
+    print(shown(options.prompt), end="\n" if options.chat else "", flush=True)
+    for text in experiment.stream_text(run.model, tokenizer, options):
         print(shown(text), end="", flush=True)
     print()
     return 0

@@ -7,6 +7,10 @@ from .batches import Batch as Batch
 from .batches import Batches as Batches
 from .batches import batch_shapes as batch_shapes
 from .batches import validation_batches as validation_batches
+from .chat import CHAT_TEMPLATE as CHAT_TEMPLATE
+from .chat import ChatTemplate as ChatTemplate
+from .chat import ChatTokenizer as ChatTokenizer
+from .chat import load_template as load_template
 from .config import BYTES as BYTES
 from .config import STDLIB as STDLIB
 from .config import DataConfig as DataConfig

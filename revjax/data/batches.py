@@ -17,7 +17,7 @@ from ..errors import DataError
 from .corpus import Corpus, Text
 from .rows import PackedRows
 
-Batch = dict[str, np.ndarray]  # int32: tokens (B, T + 1); segment_ids, positions (B, T)
+Batch = dict[str, np.ndarray]  # int32: tokens (B, T + 1); segment_ids, positions, weights (B, T): see `PackedRows`
 
 
 class Batches:
@@ -119,10 +119,13 @@ class Batches:
         self._iterator.close()
 
 
-def batch_shapes(batch_size: int, sequence_length: int, *, separate_documents: bool = True) -> dict[str, tuple]:
+def batch_shapes(
+    batch_size: int, sequence_length: int, *, separate_documents: bool = True, weights: bool = False
+) -> dict[str, tuple]:
     """The shape of each array of a batch; all are int32."""
     rows, inputs = (batch_size, sequence_length + 1), (batch_size, sequence_length)
-    return {"tokens": rows} | ({"segment_ids": inputs, "positions": inputs} if separate_documents else {})
+    more = (["weights"] if weights else []) + (["segment_ids", "positions"] if separate_documents else [])
+    return {"tokens": rows} | {name: inputs for name in more}
 
 
 def validation_batches(

@@ -1,6 +1,8 @@
 """Documents, tokenised once, in files that are mapped into memory.
 
     FOLDER/KEY/tokens.bin      every document: the separator, then its tokens            uint8, uint16 or uint32
+                               (conversations begin and end as their template says, without a separator)
+               trained.bin     of conversations, for each token: 1 where it is to be learned, else 0        uint8
                documents.npy   for each: where it ends, bytes of text up to there, a hash of its text
                meta.json       sizes and checksums; the last file to be written
     FOLDER/KEY.lock            held by the process that makes it: another waits for it
@@ -27,6 +29,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..logging import Progress, get_logger
+from .chat import ChatTemplate, Conversations
 from .documents import Documents, Piece
 from .tokenizer import Tokenizer
 
@@ -43,18 +46,25 @@ class TokenCache:
     key: str
     tokens: np.ndarray  # (number of tokens,), mapped into memory
     documents: np.ndarray  # (number of documents,), of `end` (tokens), `bytes` (of text) and `hash` (of its text)
+    trained: np.ndarray | None = None  # (number of tokens,), 0 or 1: which are to be learned; None: all of them
 
 
 def cached_tokens(
-    paths: list[pathlib.Path], tokenizer: Tokenizer, *, text_field: str, folder: str | os.PathLike
+    paths: list[pathlib.Path],
+    tokenizer: Tokenizer,
+    *,
+    text_field: str,
+    folder: str | os.PathLike,
+    template: ChatTemplate | None = None,
 ) -> TokenCache:
     """Returns the documents of `paths`, tokenised; makes them, where `folder` does not hold them.
 
-    The hash of a document is that of its text: wherever it stands, whatever is beside it, however it is tokenised.
+    With a `template` they are conversations, whose `bytes` are those of text that is to be learned. The hash of a
+    document is that of its text: wherever it stands, whatever is beside it, however it is tokenised.
     Raises `DataError` for files that cannot be read, and for a folder that cannot be written to.
     """
     folder = pathlib.Path(folder).expanduser()
-    key = _key(paths, tokenizer, text_field)
+    key = _key(paths, tokenizer, text_field, template)
     try:
         found = _open(folder / key)
         if found is None:
@@ -62,7 +72,10 @@ def cached_tokens(
             with _locked(folder / f"{key}.lock"):
                 found = _open(folder / key, tell=True)  # another process may have made it by now
                 if found is None:
-                    _make(folder / key, paths, tokenizer, text_field)
+                    documents = Documents(paths, text_field)
+                    if template is not None:
+                        documents = Conversations(paths, text_field, template)
+                    _make(folder / key, documents, tokenizer)
                     found = _open(folder / key)
     except OSError as e:
         raise DataError(
@@ -73,11 +86,13 @@ def cached_tokens(
     return found
 
 
-def _key(paths: list[pathlib.Path], tokenizer: Tokenizer, text_field: str) -> str:
+def _key(paths: list[pathlib.Path], tokenizer: Tokenizer, text_field: str, template: ChatTemplate | None) -> str:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         files = list(pool.map(_hash_of_file, paths))
     kinds = ["".join(path.suffixes).lower()[-16:] for path in paths]  # how they are read
     settings = [_FORMAT, tokenizer.fingerprint, text_field, kinds, files]
+    if template is not None:
+        settings.append(template.fingerprint)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
@@ -108,7 +123,8 @@ def _open(path: pathlib.Path, *, tell: bool = False) -> TokenCache | None:
             if (path / name).stat().st_size != size or _checksum(path / name) != checksum:
                 raise ValueError(f"{name} is not what was written")
         tokens = np.memmap(path / "tokens.bin", meta["dtype"], mode="r")
-        return TokenCache(path.name, tokens, np.load(path / "documents.npy"))
+        trained = np.memmap(path / "trained.bin", np.uint8, mode="r") if "trained.bin" in meta["files"] else None
+        return TokenCache(path.name, tokens, np.load(path / "documents.npy"), trained)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
         if tell:
             get_logger(__name__).warning("%s is damaged (%s): the text is tokenised again", path, e)
@@ -123,7 +139,7 @@ def _checksum(path: pathlib.Path) -> int:
     return checksum
 
 
-def _make(path: pathlib.Path, paths: list[pathlib.Path], tokenizer: Tokenizer, text_field: str) -> None:
+def _make(path: pathlib.Path, documents: Documents, tokenizer: Tokenizer) -> None:
     """Writes `path`, in one rename. Whoever calls this holds its lock."""
     shutil.rmtree(path, ignore_errors=True)  # damaged
     temporary = path.with_suffix(".tmp")
@@ -131,8 +147,8 @@ def _make(path: pathlib.Path, paths: list[pathlib.Path], tokenizer: Tokenizer, t
     temporary.mkdir()
     try:
         dtype = np.min_scalar_type(max(tokenizer.vocab_size - 1, 0))
-        _write(temporary, paths, tokenizer, text_field, dtype)
-        files = {name: ((temporary / name).stat().st_size, _checksum(temporary / name)) for name in _FILES}
+        _write(temporary, documents, tokenizer, dtype)
+        files = {file.name: (file.stat().st_size, _checksum(file)) for file in sorted(temporary.iterdir())}
         meta = {"dtype": dtype.name, "files": files, "tokenizer": tokenizer.fingerprint}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         temporary.rename(path)
@@ -141,24 +157,28 @@ def _make(path: pathlib.Path, paths: list[pathlib.Path], tokenizer: Tokenizer, t
         raise
 
 
-_FILES = ("tokens.bin", "documents.npy")
-
-
-def _write(
-    folder: pathlib.Path, paths: list[pathlib.Path], tokenizer: Tokenizer, text_field: str, dtype: np.dtype
-) -> None:
-    documents = Documents(paths, text_field)
+def _write(folder: pathlib.Path, documents: Documents, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    paths = documents.paths
     size = sum(path.stat().st_size for path in paths)
-    with (folder / "tokens.bin").open("wb") as file, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(-(-size // 10**6), "tokenise (MB)")) if size > _SHOWN else None
-        writer = _Writer(file, tokenizer.separator, dtype)
+        open_file = lambda name: stack.enter_context((folder / name).open("wb"))
+        writer = _Writer(open_file("tokens.bin"), tokenizer.separator, dtype)
+        trained = open_file("trained.bin") if isinstance(documents, Conversations) else None
         for batch in _batches(documents):
-            for piece, tokens in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-                writer.add(piece, tokens)
+            texts = [piece.text for piece in batch]
+            if trained is None:
+                for piece, tokens in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                    writer.add(piece, tokens)
+            else:
+                for piece, (tokens, starts) in zip(batch, tokenizer.encode_marked_up(texts), strict=True):
+                    writer.add_conversation(piece, tokens)
+                    trained.write(_is_trained(piece, starts))
             if progress is not None:
                 progress.update(-(-documents.bytes_read // 10**6) - progress.done)
     if not writer.rows:
-        left_out = f"{len(documents.not_text)} are not UTF-8 text" if documents.not_text else "all are empty"
+        not_text = len(documents.not_text)
+        left_out = f"{not_text} are not UTF-8 text" if not_text else f"all are {documents.nothing}"
         raise DataError(f"No text in {paths[0]}{f' and {len(paths) - 1} more files' if paths[1:] else ''}: {left_out}.")
     documents.tell_left_out()
     np.save(folder / "documents.npy", np.frombuffer(writer.rows, _DOCUMENTS))
@@ -186,6 +206,22 @@ class _Writer:
         if piece.is_last:
             self.rows.extend((self.num_tokens, self.num_bytes, int.from_bytes(self.hash.digest())))
             self.hash = None
+
+    def add_conversation(self, piece: Piece, tokens: np.ndarray) -> None:
+        self.file.write(tokens.astype(self.dtype).tobytes())
+        self.num_tokens += len(tokens)
+        self.num_bytes += sum(len(piece.text[first:last].encode("utf-8")) for first, last in piece.trained or ())
+        text_hash = hashlib.blake2b(piece.text.encode("utf-8"), digest_size=8)
+        self.rows.extend((self.num_tokens, self.num_bytes, int.from_bytes(text_hash.digest())))
+
+
+def _is_trained(piece: Piece, starts: np.ndarray) -> bytes:
+    """For each token of a conversation, by the character at which it starts. Never the first, which follows none."""
+    spans = np.array(piece.trained)
+    i = np.searchsorted(spans[:, 0], starts, side="right") - 1
+    is_trained = (i >= 0) & (starts < spans[i, 1])
+    is_trained[:1] = False
+    return is_trained.astype(np.uint8).tobytes()
 
 
 def _batches(documents: Documents) -> Iterator[list[Piece]]:

@@ -16,6 +16,9 @@ class DataConfig:
     tokenizer: str = BYTES  # bytes, or the path of a tokenizer.json
     separator: str | None = None  # the token between documents; null is the tokenizer's own (<|endoftext|>, </s>, ...)
     text_field: str = "text"  # of .jsonl, .parquet and datasets: where the text of a row is
+    # Conversations instead of texts, rows of [{role: user, content: ...}, ...]: the template that writes them, a .jinja
+    # file, a tokenizer_config.json or a folder with one. Only what the assistant says is learned. null: texts
+    chat_template: str | None = None
     sequence_length: int = 256  # tokens that each row predicts
     batch_size: int = 16  # rows of one step, over all devices
     separate_documents: bool = True  # no attention across documents that share a row, positions from 0 in each

@@ -14,6 +14,7 @@ import numpy as np
 from ..config import users_cache
 from ..errors import DataError
 from .cache import TokenCache, cached_tokens
+from .chat import load_template
 from .config import DataConfig
 from .files import find_files
 from .tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +27,8 @@ class Text:
     tokens: np.ndarray  # of the whole cache
     starts: np.ndarray  # int64, of shape (number of documents,): where they are among `tokens`
     ends: np.ndarray
-    num_bytes: int  # of text, without separators
+    num_bytes: int  # of text that is learned, without separators
+    trained: np.ndarray | None = None  # of the whole cache: 1 for each token that is learned, else 0; None: all are
 
     @property
     def num_documents(self) -> int:
@@ -37,8 +39,15 @@ class Text:
         return int(np.sum(self.ends - self.starts))
 
     @property
+    def num_trained(self) -> int:
+        """Tokens that are learned."""
+        if self.trained is None:
+            return self.num_tokens
+        return sum(int(np.count_nonzero(self.trained[a:b])) for a, b in zip(self.starts, self.ends, strict=True))
+
+    @property
     def bytes_per_token(self) -> float:
-        return self.num_bytes / self.num_tokens
+        return self.num_bytes / self.num_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +93,10 @@ def load_corpus(
     tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     folder = users_cache("tokens") if config.cache == "auto" else config.cache
     files = find_texts(config) if files is None else files
-    load = lambda source: cached_tokens(files[source], tokenizer, text_field=config.text_field, folder=folder)
+    template = load_template(config)
+    load = lambda source: cached_tokens(
+        files[source], tokenizer, text_field=config.text_field, folder=folder, template=template
+    )
     total, train, validation = sum(config.sources.values()), [], []
     identity: list = [config.validation_fraction]
     for name, share in config.sources.items():
@@ -112,14 +124,14 @@ def split(cache: TokenCache, fraction: float) -> tuple[Text, Text]:
     """
     ends, sizes = cache.documents["end"], np.diff(cache.documents["bytes"], prepend=0)
     starts = np.concatenate([[0], ends[:-1]])
-    text = lambda chosen: Text(cache.tokens, starts[chosen], ends[chosen], int(sizes[chosen].sum()))
+    text = lambda chosen: Text(cache.tokens, starts[chosen], ends[chosen], int(sizes[chosen].sum()), cache.trained)
     if not fraction:
         return text(slice(None)), text(slice(0))
     if len(ends) == 1:
         cut = round(int(ends[0]) * (1 - fraction))
         first_bytes = round(int(sizes[0]) * (1 - fraction))
-        first = Text(cache.tokens, starts, np.array([cut]), first_bytes)
-        return first, Text(cache.tokens, np.array([cut]), ends, int(sizes[0]) - first_bytes)
+        first = Text(cache.tokens, starts, np.array([cut]), first_bytes, cache.trained)
+        return first, Text(cache.tokens, np.array([cut]), ends, int(sizes[0]) - first_bytes, cache.trained)
     hashes = cache.documents["hash"] / 2**64
     count = min(max(int(np.sum(hashes < fraction)), 1), len(ends) - 1)
     is_held_out = np.zeros(len(ends), bool)

@@ -27,6 +27,7 @@ class Piece(NamedTuple):
 
     text: str
     is_last: bool  # of its document
+    trained: tuple[tuple[int, int], ...] | None = None  # the characters that are to be learned; None is all
 
 
 class Documents:
@@ -35,6 +36,8 @@ class Documents:
     Left out are files and rows that are not text, and documents without any (see `tell_left_out`). Raises `DataError`
     for a file that cannot be read, and for a row without `text_field`.
     """
+
+    nothing = "documents without text"  # what is left out as empty
 
     def __init__(self, paths: list[pathlib.Path], text_field: str):
         self.paths, self.text_field = paths, text_field
@@ -67,7 +70,7 @@ class Documents:
             message = "left out %d files or rows that are not UTF-8 text, such as %s"
             get_logger(__name__).warning(message, len(self.not_text), self.not_text[0])
         if self.empty:
-            get_logger(__name__).info("left out %d documents without text", self.empty)
+            get_logger(__name__).info("left out %d %s", self.empty, self.nothing)
 
     def _whole(self, path: pathlib.Path, file: IO[bytes]) -> Iterator[Piece]:
         """The file as one document. It is read twice: where it is not text, nothing of it may be given."""
@@ -112,10 +115,12 @@ class Documents:
             yield from self._column(path, table)
 
     def _check_column(self, path: pathlib.Path, schema: Any) -> None:
-        types = _pyarrow(path).types
         if self.text_field not in schema.names:
             raise self._no_field(str(path), schema.names)
-        column = schema.field(self.text_field).type
+        self._check_type(path, schema.field(self.text_field).type)
+
+    def _check_type(self, path: pathlib.Path, column: Any) -> None:
+        types = _pyarrow(path).types
         if not (types.is_string(column) or types.is_large_string(column)):
             raise DataError(f"{path}: the column {self.text_field!r} must hold text, but holds {column}.")
 
@@ -129,10 +134,14 @@ class Documents:
     def _row(self, text: Any, name: str) -> Iterator[Piece]:
         if text is not None and not isinstance(text, str):
             raise DataError(f"{name}: the field {self.text_field!r} must be a text, but is {text!r:.80}.")
-        if text and not _is_text(text):
-            self.not_text.append(name)
-        else:
+        if not text or self._can_be_text(text, name):
             yield from self._pieces(io.StringIO(text, newline=""))
+
+    def _can_be_text(self, text: str, name: str) -> bool:
+        if not _is_text(text):
+            self.not_text.append(name)
+            return False
+        return True
 
     def _pieces(self, text: io.TextIOBase) -> Iterator[Piece]:
         held = ""

@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
         """Returns the tokens of each text, in parallel where that is possible."""
         ...
 
+    def encode_marked_up(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_batch`, but what spells a special token is that token; with the character where each starts."""
+        ...
+
     def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
         """Returns the text of `tokens`; a character that is cut off becomes U+FFFD."""
         ...
@@ -68,6 +72,13 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def encode_marked_up(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        sizes = lambda text: [len(character.encode("utf-8")) for character in text]
+        return [
+            (tokens, np.repeat(np.arange(len(text)), sizes(text)))
+            for text, tokens in zip(texts, self.encode_batch(texts), strict=True)
+        ]
 
     def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
         return self.stream()(list(tokens), True)
@@ -147,6 +158,14 @@ class FileTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
+
+    def encode_marked_up(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        with_special = tokenizers.Tokenizer.from_buffer(self.file)
+        with_special.no_truncation()
+        with_special.no_padding()
+        encoded = with_special.encode_batch(list(texts), add_special_tokens=False)
+        starts = lambda e: np.array([first for first, _ in e.offsets], np.int64)
+        return [(np.asarray(e.ids, np.int32), starts(e)) for e in encoded]
 
     def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)

@@ -42,6 +42,7 @@ from .samples import sample_text as sample_text
 from .samples import sample_texts as sample_texts
 from .samples import stream_text as stream_text
 from .trained import TrainedRun as TrainedRun
+from .trained import chat_tokenizer as chat_tokenizer
 from .trained import export as export
 from .trained import load_run as load_run
 from .versions import versions as versions

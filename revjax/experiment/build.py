@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from ..checkpoint import Checkpointer
-from ..data import Batches, Corpus, Tokenizer, find_texts, load_corpus, load_tokenizer
+from ..data import Batches, Corpus, Tokenizer, find_texts, load_corpus, load_template, load_tokenizer
 from ..errors import ConfigError, DamagedCheckpointError, DataError
 from ..generation.decode import check_prompt
 from ..logging import get_logger
@@ -83,6 +83,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     check_installed(config.training)
     devices = Devices.of(config)
     tokenizer, files = _tokenizer(config), find_texts(config.data)
+    load_template(config.data)
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
     config, made = settled(config)
     devices = Devices.of(config)  # micro-batches may be others now

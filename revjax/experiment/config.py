@@ -138,6 +138,7 @@ class SampleConfig(Sampling):
     """What to generate."""
 
     prompt: str = "def "  # what the text continues; "" begins a document
+    chat: bool = False  # prompts are what a user says, and texts what the assistant answers, by the run's template
     prompts: str | None = None  # a file of prompts, one a line or, in .jsonl, a field of each; instead of `prompt`
     batch_size: int = 16  # prompts of the file that are continued at once
     max_new_tokens: int = 300

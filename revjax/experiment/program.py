@@ -33,12 +33,13 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of losses in nats, number of tokens) of predicting each of the tokens (B, T + 1) but the first of a row.
 
-    `model` is a language model with a `loss`, such as `Decoder`; what else is in `batch` (segment_ids, positions) goes
-    to it.
+    With weights (B, T) in `batch`, only of those whose weight is 1. `model` is a language model with a `loss`, such as
+    `Decoder`; what else is in `batch` (segment_ids, positions) goes to it.
     """
     more = dict(batch)
     tokens = more.pop("tokens")
-    return model.loss(tokens[:, :-1], tokens[:, 1:], key=key, z_loss=z_loss, **more)
+    weights = more.pop("weights", None)
+    return model.loss(tokens[:, :-1], tokens[:, 1:], weights, key=key, z_loss=z_loss, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,12 @@ class Program:
             spike_sigmas=training.spike_sigmas,
         )
         batch = devices.shapes_of_batch(
-            batch_shapes(data.batch_size, data.sequence_length, separate_documents=data.separate_documents)
+            batch_shapes(
+                data.batch_size,
+                data.sequence_length,
+                separate_documents=data.separate_documents,
+                weights=data.chat_template is not None,
+            )
         )
         try:
             lowered = devices.jit(step, shapes).lower(shapes, batch)
@@ -119,9 +125,10 @@ def stepper(config: RunConfig, compiled: Any, program: Program, seed: int = 0) -
     """A function that takes one step from a state of its own, on random tokens, and waits until it is done."""
     state = program.begin(None, ByteTokenizer())
     keys = jax.random.split(jax.random.key(seed), len(program.batch))
+    ranges = {"tokens": (0, config.model.vocab_size), "weights": (1, 2)}
     batch = program.devices.deal(
         {
-            name: jax.random.randint(key, shape.shape, 0, config.model.vocab_size if name == "tokens" else 1)
+            name: jax.random.randint(key, shape.shape, *ranges.get(name, (0, 1)))
             for key, (name, shape) in zip(keys, program.batch.items(), strict=True)
         }
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoint import Checkpointer
-from ..data import FileTokenizer
+from ..data import CHAT_TEMPLATE, FileTokenizer, load_template
 from ..errors import RunFolderError
 from ..logging import get_logger
 from ..memory import peak_flops
@@ -69,6 +69,8 @@ def run(experiment: Experiment) -> Result:
     try:
         if isinstance(experiment.corpus.tokenizer, FileTokenizer):
             folder.keep(TOKENIZER, experiment.corpus.tokenizer.file)
+        if (template := load_template(config.data)) is not None:
+            folder.keep(CHAT_TEMPLATE, template.file)
         if config.training.start_from is not None:
             keep_pretrained(config.training.start_from, folder.path)
         _refuse_stale(experiment)

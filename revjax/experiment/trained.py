@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ..checkpoint import Checkpointer
 from ..conversion import TensorFiles
-from ..data import DataConfig, Tokenizer, load_tokenizer
+from ..data import CHAT_TEMPLATE, ChatTemplate, ChatTokenizer, DataConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
 from ..models import Decoder, DecoderConfig, merge_adapters
@@ -46,6 +46,15 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
     skeleton, _ = split_abstract(lambda: _decoder(config))
     model = typing.cast(Decoder, skeleton.merge(jax.tree.map(jax.numpy.asarray, params)))
     return TrainedRun(config, data, model, load_tokenizer(data))
+
+
+def chat_tokenizer(run: TrainedRun, folder: str | os.PathLike) -> ChatTokenizer:
+    """The tokenizer of the run in `folder`, for prompts that are what a user says.
+
+    Raises `ConfigError` where the run has no chat template: neither one that it learned from, nor one that came with
+    pretrained parameters.
+    """
+    return ChatTokenizer(run.tokenizer, ChatTemplate(run.data.chat_template or os.fspath(folder)))
 
 
 def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -90,9 +99,9 @@ def _decoder(config: RunConfig) -> Decoder:
 
 
 def _read(folder: str | os.PathLike, *, merged: bool = True) -> tuple[RunConfig, DataConfig, dict[str, Any]]:
-    """The configuration of a run, its data section with the tokenizer of the folder, and its parameters, in numpy.
+    """The configuration of a run, its data section with tokenizer and template of its folder, and its parameters.
 
-    With `merged`, those of the model without adapters, and its configuration.
+    These are numpy's; with `merged`, of the model without adapters, and so is its configuration.
     """
     folder = pathlib.Path(folder).expanduser()
     config = read_config(folder, RunConfig)
@@ -106,6 +115,8 @@ def _read(folder: str | os.PathLike, *, merged: bool = True) -> tuple[RunConfig,
     data = config.data
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
+    if (folder / CHAT_TEMPLATE).exists():
+        data = dataclasses.replace(data, chat_template=str(folder / CHAT_TEMPLATE))
     params = jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
     if merged and config.model.lora is not None:
         params = merge_adapters(params, config.model.lora)
