@@ -22,7 +22,7 @@ from revjax.config import load
 from revjax.data import Batches, ByteTokenizer, train_tokenizer
 from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from revjax.experiment import MemoryConfig, RunConfig
-from revjax.experiment.trained import read_parameters
+from revjax.experiment.trained import named, read_parameters
 from revjax.models import Decoder
 from revjax.training import RunFolder, read_metrics, split
 
@@ -684,7 +684,7 @@ def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, tex
     (done,) = experiment.evaluate(result.folder, experiment.EvaluateConfig(max_batches=2))
     assert done.loss == pytest.approx(validation, rel=1e-6)
 
-    merged = read_parameters(result.folder)
+    merged = named(read_parameters(result.folder))
     query = "stack.runs.0.0.attention.query"
     adapter = {x: np.asarray(state.params["stack"]["runs"]["0"]["0"]["attention"]["query"]["adapter"][x]) for x in "ab"}
     expected = np.einsum("ldr,lrnh->ldnh", adapter["a"], adapter["b"]) * 32 / 4
@@ -699,7 +699,10 @@ def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, tex
     np.testing.assert_array_equal(
         params["stack"]["runs"]["0"]["0"]["attention"]["query"]["kernel"], merged[f"{query}.kernel"]
     )
-    experiment.to_hf(result.folder, experiment.ToHFConfig(output=str(tmp_path / "hf")))
+    _, departure = experiment.to_hf(result.folder, experiment.ToHFConfig(output=str(tmp_path / "hf")))
+    # bdia is the ordinary network when it is evaluated, and float32 goes out: only integer streams are left behind
+    assert departure is not None and 0 < departure.distance.largest < 1e-3 and departure.distance.kl < 1e-5
+    assert departure.stock_loss == pytest.approx(departure.loss, rel=1e-4)
     with safe_open(tmp_path / "hf" / "model.safetensors", "numpy") as file:
         theirs = file.get_tensor("model.layers.1.self_attn.q_proj.weight")
     np.testing.assert_array_equal(theirs.T, merged[f"{query}.kernel"][1].reshape(32, 32))

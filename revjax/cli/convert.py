@@ -18,7 +18,8 @@ before its first step, and says how far it is from the pretrained model, step by
 (where that is installed), integer streams, the coupling, the compute dtype; and whether it is exact. Then train with
 RUN/config.yaml and --training.start_from=RUN, or generate and evaluate at once.
 
-to-hf writes a run's parameters as a checkpoint of the stock architecture, which transformers loads.
+to-hf writes a run's parameters as a checkpoint of the stock architecture, which transformers loads, and says what that
+changes: the stock network has no coupling (b = 0).
 
 Architectures: {", ".join(f.architecture for f in FAMILIES.values())}."""
 
@@ -41,6 +42,8 @@ def convert(argv: list[str]) -> int:
         run, fidelity = experiment.from_hf(names[1], config)
         print(experiment.describe_from_hf(names[1], run, fidelity))
     else:
-        architecture = experiment.to_hf(names[1], config)
+        architecture, found = experiment.to_hf(names[1], config)
+        if found is not None:
+            print(experiment.describe_departure(found))
         print(f"{'written':<12} {config.output}/: {architecture}")
     return 0

@@ -19,6 +19,7 @@ from .doctor import doctor as doctor
 from .evaluation import EvaluateConfig as EvaluateConfig
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .fidelity import describe_departure as describe_departure
 from .plan_report import describe_plan as describe_plan
 from .plan_report import plan_json as plan_json
 from .planning import SIZES as SIZES

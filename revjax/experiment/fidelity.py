@@ -107,7 +107,7 @@ def measure(
       params: nested, of numpy's arrays.
       source: the logits of transformers, if there are any.
     """
-    plain = dataclasses.replace(config, coupling="residual", readout="auto", exact=False, dtype="float32")
+    plain = _plain(config)
     logits = {
         "plain": _logits(plain, params, tokens),
         "rounding": _logits(dataclasses.replace(plain, exact=True), params, tokens),
@@ -133,6 +133,40 @@ def measure(
         gradient_error=error,
         bytes=activation_memory(config, len(tokens), tokens.shape[1], plan=plan),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Departure:
+    """What a reversible network becomes by going out as the ordinary one: of logits in float32, and of the loss."""
+
+    tokens: int
+    distance: Distance
+    loss: float  # of the network that was trained, nats a token
+    stock_loss: float  # of the ordinary network, with parameters of the dtype that they go out in
+
+
+def departure(config: DecoderConfig, params: dict[str, Any], tokens: np.ndarray, dtype: str) -> Departure:
+    """Compares the network of `config` with what goes out: b = 0, and parameters rounded to `dtype`."""
+    rounded = jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)).astype(p.dtype), params)
+    before = _logits(dataclasses.replace(config, dtype="float32"), params, tokens)
+    after = _logits(_plain(config), rounded, tokens)
+    return Departure(tokens.size, distance(after, before), _loss(before, tokens), _loss(after, tokens))
+
+
+def describe_departure(found: Departure) -> str:
+    """In two lines."""
+    d = found.distance
+    apart = f"of logits: largest difference {d.largest:.1e}, KL {d.kl:.1e}, top-1 {d.top1:.2%}"
+    lines = {
+        "as trained": f"{found.loss:.4f} nats a token, on {found.tokens:,} tokens of text",
+        "as it leaves": f"{found.stock_loss:.4f} nats a token; {apart}",
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def _plain(config: DecoderConfig) -> DecoderConfig:
+    """The ordinary network of the same parameters, in float32."""
+    return dataclasses.replace(config, coupling="residual", readout="auto", exact=False, dtype="float32")
 
 
 def fitting_fraction_bits(config: DecoderConfig, largest_x: float) -> int:

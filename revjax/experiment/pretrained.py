@@ -33,9 +33,18 @@ from ..logging import get_logger
 from ..models import DecoderConfig
 from ..training import read_config
 from .config import FolderConfig, MemoryConfig, RunConfig
-from .fidelity import Fidelity, describe_fidelity, fitting_fraction_bits, measure, probe, source_logits
+from .fidelity import (
+    Departure,
+    Fidelity,
+    departure,
+    describe_fidelity,
+    fitting_fraction_bits,
+    measure,
+    probe,
+    source_logits,
+)
 from .fidelity_plot import plot_fidelity
-from .trained import PARAMETERS, TOKENIZER, has_checkpoints, read_file, read_parameters
+from .trained import PARAMETERS, TOKENIZER, has_checkpoints, named, read_file, read_parameters
 from .versions import versions
 
 PRETRAINED = "huggingface"  # what came with the parameters and goes out with them again: configs, tokenizer
@@ -70,6 +79,7 @@ class ToHFConfig:
 
     output: str  # the folder to make
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null is that of the pretrained model, or float32
+    measure: bool = True  # what becoming the ordinary network changes; needs memory for the whole model
 
 
 def from_hf(source: str | os.PathLike, config: FromHFConfig) -> tuple[RunConfig, Fidelity | None]:
@@ -131,10 +141,11 @@ def describe_from_hf(source: str | os.PathLike, run: RunConfig, fidelity: Fideli
     return "\n".join(text if name == "report" else f"{name:<12} {text}" for name, text in lines.items() if text)
 
 
-def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
-    """Writes the parameters of the run in `source` as a checkpoint of transformers; returns its class.
+def to_hf(source: str | os.PathLike, config: ToHFConfig) -> tuple[str, Departure | None]:
+    """Writes the parameters of the run in `source` as a checkpoint of transformers.
 
-    It is the ordinary network (b = 0) with these parameters. Raises a `RevjaxError` where there is none, and leaves
+    It is the ordinary network (b = 0) with these parameters. Returns its class, and how far it is from the network that
+    was trained (None if that is not measured). Raises a `RevjaxError` where there is none, and leaves
     nothing behind then.
     """
     source = pathlib.Path(source).expanduser()
@@ -144,11 +155,16 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
     stock_config(model, like)  # before any work
     output = pathlib.Path(config.output).expanduser()
     dtype = config.dtype or (like or {}).get("dtype") or (like or {}).get("torch_dtype") or "float32"
-    if has_checkpoints(source):
-        trained = read_parameters(source)
-        read: Any = lambda name, index: trained[name] if index is None else trained[name][index]
+    params = read_parameters(source) if config.measure or has_checkpoints(source) else None
+    if params is None:
+        read: Any = _parameters_file(source).read
     else:
-        read = _parameters_file(source).read
+        by_name = named(params)
+        read = lambda name, index: by_name[name] if index is None else by_name[name][index]
+    found = None
+    if config.measure:
+        assert params is not None
+        found = departure(model, params, probe(_tokenizer_of(run, source), model), dtype)
     with _new_folder(output) as folder:
         more = {} if like else {"eos_token_id": _tokenizer_of(run, source).separator}
         family = write_pretrained(model, read, folder, like=like, more=more, dtype=dtype)
@@ -161,7 +177,7 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> str:
             (folder / "tokenizer_config.json").write_text(json.dumps(fast, indent=2) + "\n")
         elif not (folder / TOKENIZER).exists():
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
-    return family.architecture
+    return family.architecture, found
 
 
 def keep_pretrained(source: str | os.PathLike, folder: pathlib.Path) -> None:

@@ -84,9 +84,9 @@ def has_checkpoints(folder: pathlib.Path) -> bool:
     return any(path.name.isdecimal() for path in (folder / "checkpoints").glob("*"))
 
 
-def read_parameters(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The parameters of the run in `folder`, adapters added, by name: stack.runs.0.0.attention.query.kernel."""
-    return _named(_read(folder)[2])
+def read_parameters(folder: str | os.PathLike) -> dict[str, Any]:
+    """The parameters of the run in `folder`, adapters added, nested."""
+    return _read(folder)[2]
 
 
 def read_file(path: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
@@ -134,13 +134,14 @@ def _of_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _of_file(path: pathlib.Path, shapes: dict[str, Any]) -> dict[str, Any]:
-    tensors, names = TensorFiles(path), list(_named(shapes))
+    tensors, names = TensorFiles(path), list(named(shapes))
     if set(names) != set(tensors):
         raise CheckpointError(f"{path} does not fit its config.yaml: was one of them changed?")
     return jax.tree.unflatten(jax.tree.structure(shapes), [tensors.read(name) for name in names])
 
 
-def _named(params: dict[str, Any]) -> dict[str, Any]:
+def named(params: dict[str, Any]) -> dict[str, Any]:
+    """Nested parameters by name: stack.runs.0.0.attention.query.kernel."""
     return {".".join(str(getattr(k, "key", k)) for k in path): x for path, x in jax.tree.flatten_with_path(params)[0]}
 
 
@@ -159,7 +160,7 @@ def export(folder: str | os.PathLike, output: str | os.PathLike) -> int:
     if output.exists():
         raise CheckpointError(f"{output} is there already. Delete it, or set --output to another place.")
     config, _, params = _read(folder)
-    tensors = _named(params)
+    tensors = named(params)
     temporary = output.with_name(f"{output.name}.tmp")
     try:
         save_file(tensors, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})

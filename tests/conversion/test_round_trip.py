@@ -78,7 +78,7 @@ def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
     assert set(read) == set(params)
     for name, values in params.items():
         assert np.array_equal(read.read(name), values), name
-    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again")))
+    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again"), measure=False))
     before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "again")
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
     same = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again")]
@@ -94,7 +94,7 @@ def test_half_precision_and_several_files(dtype, tmp_path, monkeypatch):
     before = files_of(tmp_path / "hf")
     assert {x.dtype for x in before.values()} == {np.dtype(getattr(ml_dtypes, dtype, None) or dtype)}
     from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), measure=False))
-    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again")))
+    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "again"), measure=False))
     after = files_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(before[n].tobytes() == after[n].tobytes() and before[n].dtype == after[n].dtype for n in before)
@@ -142,7 +142,10 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
     assert cli.main(["train", str(tmp_path / "run" / "config.yaml"), *settings]) == 0
     lines = read_metrics(tmp_path / "tuned" / "metrics.jsonl")
     assert len(lines) == 3 and all(line["canary"] == line["unsafe"] == 0 for line in lines)
+    capsys.readouterr()
     assert cli.main(["convert", "to-hf", str(tmp_path / "tuned"), f"--output={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert "as trained" in out and "as it leaves" in out and "LlamaForCausalLM" in out
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert there == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "out")
@@ -154,7 +157,7 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
 def test_another_dtype_can_go_out_than_came_in(tmp_path):
     write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
     from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), measure=False))
-    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "out"), dtype="float32"))
+    to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "out"), dtype="float32", measure=False))
     before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "out")
     assert all(x.dtype == np.float32 and np.array_equal(x, before[name]) for name, x in after.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
