@@ -91,10 +91,19 @@ def compare(config: StudyConfig, *, measure: bool = True) -> Iterator[Row]:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """A hash of every setting that changes what a run computes."""
-    settings = dataclasses.asdict(config)
+    """A hash of every setting that changes what a run computes.
+
+    What is null does nothing, and is left out: so a result stays that of its run when revjax learns more settings.
+    """
+    settings = _without_null(dataclasses.asdict(config))
     del settings["run"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_null(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_null(x) for name, x in settings.items() if x is not None}
 
 
 def _measure(variant: str, seed: int, config: RunConfig) -> Row | None:

@@ -1,5 +1,6 @@
 """A study trains what is missing, pairs its seeds, and goes on where it was."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,9 +8,11 @@ import pytest
 
 from revjax import cli
 from revjax.benchmarking import StudyConfig, compare, summarize, table
-from revjax.benchmarking.study import half_width, kept_bits
+from revjax.benchmarking import study as study_module
+from revjax.benchmarking.study import fingerprint, half_width, kept_bits
 from revjax.config import load
 from revjax.errors import ConfigError
+from revjax.experiment import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 STUDIES = sorted(path for path in (ROOT / "configs" / "studies").glob("*.yaml") if path.name != "small.yaml")
@@ -74,6 +77,18 @@ def test_differences_are_those_of_seeds_that_both_have():
     assert b.difference == pytest.approx(11) and b.half_width == pytest.approx(12.7062047)  # t of one degree of freedom
     assert half_width([1.0]) == float("inf")
     assert "+11.00 ± 12.71" in table([a, b]) and "5.2267" in table([a, b])
+
+
+def test_a_result_belongs_to_its_settings_and_not_to_those_that_came_later(monkeypatch):
+    config = load(RunConfig, (), [], environ={})
+    others = ["--model.d_model=64", "--optimizer.clip_norm=null", "--model.num_kv_heads=2", "--training.seed=1"]
+    found = [fingerprint(load(RunConfig, (), settings, environ={})) for settings in ([], *([x] for x in others))]
+    assert len(set(found)) == 5
+    assert fingerprint(load(RunConfig, (), ["--run.name=b", "--run.folder=c"], environ={})) == found[0]
+    asdict = dataclasses.asdict
+    with_more = lambda config: asdict(config) | {"new": None, "model": asdict(config.model) | {"new": None}}
+    monkeypatch.setattr(study_module.dataclasses, "asdict", lambda x: with_more(x) if x is config else asdict(x))
+    assert fingerprint(config) == found[0]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
