@@ -479,6 +479,26 @@ def test_an_empty_prompt_begins_a_file(finished):
     )
 
 
+class SaysFirst(nnx.Module):
+    """A model that repeats the first token that it was given."""
+
+    def init_cache(self, batch, max_length):
+        return jax.numpy.int32(-1)
+
+    def decode(self, tokens_BT, cache):
+        cache = jax.numpy.where(cache < 0, tokens_BT[0, 0], cache)
+        return jax.nn.one_hot(cache, 256)[None, None] * 1e3, cache
+
+
+def test_a_prompt_stands_after_what_begins_a_document():
+    options = experiment.SampleConfig(prompt="abc", max_new_tokens=3, temperature=0)
+    tokenizer = ByteTokenizer()
+    assert experiment.sample_text(SaysFirst(), tokenizer, options) == "abcaaa"
+    tokenizer.begin = (ord("<"),)
+    assert experiment.sample_text(SaysFirst(), tokenizer, options) == "abc<<<"
+    assert experiment.sample_text(SaysFirst(), tokenizer, dataclasses.replace(options, prompt="")) == "<<<"
+
+
 def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(text, tmp_path):
     (tmp_path / "file").write_text("")
     config = configure(text, tmp_path / "file")

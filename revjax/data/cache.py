@@ -1,7 +1,8 @@
 """Documents, tokenised once, in files that are mapped into memory.
 
     FOLDER/KEY/tokens.bin      every document: the separator, then its tokens            uint8, uint16 or uint32
-                               (conversations begin and end as their template says, without a separator)
+                               (or, with tokens that begin one: these, its tokens, the separator;
+                               conversations begin and end as their template says)
                trained.bin     of conversations, for each token: 1 where it is to be learned, else 0        uint8
                documents.npy   for each: where it ends, bytes of text up to there, a hash of its text
                meta.json       sizes and checksums; the last file to be written
@@ -21,7 +22,7 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import filelock
@@ -163,7 +164,7 @@ def _write(folder: pathlib.Path, documents: Documents, tokenizer: Tokenizer, dty
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(-(-size // 10**6), "tokenise (MB)")) if size > _SHOWN else None
         open_file = lambda name: stack.enter_context((folder / name).open("wb"))
-        writer = _Writer(open_file("tokens.bin"), tokenizer.separator, dtype)
+        writer = _Writer(open_file("tokens.bin"), tokenizer, dtype)
         trained = open_file("trained.bin") if isinstance(documents, Conversations) else None
         for batch in _batches(documents):
             texts = [piece.text for piece in batch]
@@ -187,8 +188,10 @@ def _write(folder: pathlib.Path, documents: Documents, tokenizer: Tokenizer, dty
 class _Writer:
     """Appends documents, piece by piece, to `file`; `rows` are those of documents.npy."""
 
-    def __init__(self, file: IO[bytes], separator: int, dtype: np.dtype):
-        self.file, self.separator, self.dtype = file, np.array([separator], dtype).tobytes(), dtype
+    def __init__(self, file: IO[bytes], tokenizer: Tokenizer, dtype: np.dtype):
+        self.file, self.dtype = file, dtype
+        separator = (tokenizer.separator,)
+        self.first, self.last = (tokenizer.begin, separator) if tokenizer.begin else (separator, ())
         self.rows = array.array("Q")  # a third of a row each
         self.num_tokens = self.num_bytes = 0
         self.hash = None  # of the document that was begun
@@ -197,22 +200,24 @@ class _Writer:
         text = piece.text.encode("utf-8")
         if self.hash is None:
             self.hash = hashlib.blake2b(digest_size=8)
-            self.file.write(self.separator)
-            self.num_tokens += 1
+            self._write(self.first)
         self.hash.update(text)
-        self.file.write(tokens.astype(self.dtype).tobytes())
-        self.num_tokens += len(tokens)
+        self._write(tokens)
         self.num_bytes += len(text)
         if piece.is_last:
+            self._write(self.last)
             self.rows.extend((self.num_tokens, self.num_bytes, int.from_bytes(self.hash.digest())))
             self.hash = None
 
     def add_conversation(self, piece: Piece, tokens: np.ndarray) -> None:
-        self.file.write(tokens.astype(self.dtype).tobytes())
-        self.num_tokens += len(tokens)
+        self._write(tokens)
         self.num_bytes += sum(len(piece.text[first:last].encode("utf-8")) for first, last in piece.trained or ())
         text_hash = hashlib.blake2b(piece.text.encode("utf-8"), digest_size=8)
         self.rows.extend((self.num_tokens, self.num_bytes, int.from_bytes(text_hash.digest())))
+
+    def _write(self, tokens: Sequence[int] | np.ndarray) -> None:
+        self.file.write(np.asarray(tokens, self.dtype).tobytes())
+        self.num_tokens += len(tokens)
 
 
 def _is_trained(piece: Piece, starts: np.ndarray) -> bytes:

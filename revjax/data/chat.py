@@ -126,6 +126,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
         self._tokenizer, self._template = tokenizer, template
         self.vocab_size, self.separator = tokenizer.vocab_size, tokenizer.separator
+        self.begin: tuple[int, ...] = ()  # the template writes it
         self.fingerprint, self.encode_batch = tokenizer.fingerprint, tokenizer.encode_batch
         self.encode_marked_up = tokenizer.encode_marked_up
         self.decode, self.stream = tokenizer.decode, tokenizer.stream

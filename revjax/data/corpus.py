@@ -22,7 +22,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Some of the documents of a cache, each with the separator that begins it."""
+    """Some of the documents of a cache, each with the separator."""
 
     tokens: np.ndarray  # of the whole cache
     starts: np.ndarray  # int64, of shape (number of documents,): where they are among `tokens`

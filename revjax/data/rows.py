@@ -1,6 +1,6 @@
 """Documents -> rows of T + 1 tokens, without padding: one after another, cut where a row is full.
 
-    tokens        .. a a a | S b b b b | S c c          S is the separator that begins a document
+    tokens        .. a a a | S b b b b | S c c          S is the separator that begins a document (see `cache`)
     segment_ids      0 0 0   1 1 1 1 1   2 2 .          of the T inputs: a token attends to its own segment
     positions        0 1 2   0 1 2 3 4   0 1 .          a document that was cut begins anew in the next row
 

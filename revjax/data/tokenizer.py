@@ -1,7 +1,8 @@
 """Text <-> tokens: bytes, or whatever a tokenizer.json says.
 
 Between two documents stands one token, the separator: a model that reads it begins a document, and one that says it
-has ended one.
+has ended one. Some tokenizers have tokens of their own for the beginning (<s>, <bos>); then documents begin with these,
+and end with the separator.
 """
 
 import codecs
@@ -28,6 +29,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # tokens are below it
     separator: int  # the token between documents
+    begin: tuple[int, ...]  # the tokens that begin a document; () where the separator does
     fingerprint: str  # another one for whatever gives other tokens
 
     def encode(self, text: str) -> np.ndarray:
@@ -64,6 +66,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     separator = 0
+    begin = ()
     fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
@@ -137,7 +140,9 @@ class FileTokenizer:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.separator = self._separator(path, separator)
-        self.fingerprint = hashlib.sha256(self.file + b"\0" + str(self.separator).encode()).hexdigest()
+        self.begin = self._begin()
+        marks = str(self.separator) + str(self.begin or "")
+        self.fingerprint = hashlib.sha256(self.file + b"\0" + marks.encode()).hexdigest()
 
     def _separator(self, path: pathlib.Path, wanted: str | None) -> int:
         for name in SEPARATORS if wanted is None else (wanted,):
@@ -151,6 +156,12 @@ class FileTokenizer:
             else f"{path} has none of the usual tokens between documents ({', '.join(SEPARATORS)})."
             f" Set --data.separator to one that it has{': ' + ', '.join(special[:8]) if special else ''}."
         )
+
+    def _begin(self) -> tuple[int, ...]:
+        """What the file's post-processor puts before a text."""
+        text, framed = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        where = next((i for i in range(len(framed)) if framed[i : i + len(text)] == text), 0)
+        return tuple(framed[:where])
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

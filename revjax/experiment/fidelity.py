@@ -77,7 +77,9 @@ def probe(tokenizer: Tokenizer, config: DecoderConfig) -> np.ndarray:
     tokens = tokenizer.encode(_PROBE.read_text(encoding="utf-8", errors="replace"))
     if len(set(tokens.tolist())) < _LENGTH // 10:  # it has no words for such a text
         tokens = np.random.default_rng(0).integers(0, tokenizer.vocab_size, _ROWS * length, dtype=np.int32)
-    return np.resize(tokens, (_ROWS, length))
+    rows = np.resize(tokens, (_ROWS, length))
+    rows[:, : len(tokenizer.begin)] = tokenizer.begin
+    return rows
 
 
 def source_logits(folder: pathlib.Path, tokens: np.ndarray) -> tuple[np.ndarray | None, str | None]:

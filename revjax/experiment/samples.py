@@ -39,7 +39,7 @@ def sample_texts(
     The texts depend on `config.batch_size` and on the order of the prompts, unless the temperature is 0. Raises
     `ConfigError` for a bad prompt.
     """
-    lengths = [max(len(tokenizer.encode(prompt)), 1) for prompt in prompts]
+    lengths = [len(_encoded(tokenizer, prompt)) for prompt in prompts]
     most = _room(model, max(lengths), config)
     size = min(config.batch_size, len(prompts))
     for i, start in enumerate(range(0, len(prompts), size)):
@@ -102,12 +102,12 @@ def _stream_texts(
     pad_to: int | None = None,
 ) -> Iterator[list[str]]:
     """Yields the next piece of what follows each prompt, until all have ended; `draw` has its own randomness."""
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [_encoded(tokenizer, prompt) for prompt in prompts]
     continuations = [_Continuation(tokenizer, prompt, config.stop) for prompt in encoded]
     key = jax.random.key(config.seed)
     pieces = stream(
         model,
-        [prompt if len(prompt) else np.array([tokenizer.separator]) for prompt in encoded],
+        encoded,
         max_new_tokens=config.max_new_tokens,
         pad_to=pad_to,
         key=jax.random.fold_in(key, draw) if draw else key,
@@ -121,6 +121,12 @@ def _stream_texts(
     except ValueError as e:
         raise ConfigError(str(e)) from None
     yield [continuation.rest() for continuation in continuations]
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """With what begins a document; an empty prompt is the beginning of one."""
+    tokens = np.concatenate([np.array(tokenizer.begin, np.int32), tokenizer.encode(prompt)])
+    return tokens if len(tokens) else np.array([tokenizer.separator])
 
 
 class _Continuation:

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from revjax.data import ByteTokenizer, DataConfig, FileTokenizer, load_tokenizer, train_tokenizer
+from revjax.data.cache import cached_tokens
 from revjax.errors import DataError
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -98,3 +101,36 @@ def test_sizes_that_cannot_be_trained_are_refused(tmp_path):
         train_tokenizer(str(tmp_path / "a.txt"), 256)
     with pytest.raises(DataError, match="gives only .* tokens, not 5000"):
         train_tokenizer(str(tmp_path / "a.txt"), 5000)
+
+
+def with_begin(trained, path):
+    """The same tokenizer with a post-processor, as Llama 2 and Gemma have one."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(trained.file)
+    tokenizer.add_special_tokens(["<s>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])  # pyright: ignore
+    tokenizer.save(str(path))
+    return FileTokenizer(path), begin
+
+
+def test_a_tokenizer_may_begin_documents_with_a_token_of_its_own(trained, tmp_path):
+    tokenizer, begin = with_begin(trained, tmp_path / "tokenizer.json")
+    assert tokenizer.begin == (begin,) and trained.begin == () and ByteTokenizer().begin == ()
+    assert tokenizer.fingerprint != trained.fingerprint
+    assert tokenizer.encode("a b").tolist() == trained.encode("a b").tolist()
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    cache = cached_tokens(paths, tokenizer, text_field="text", folder=tmp_path / "cache")
+    one, two = ([begin, *tokenizer.encode(name), tokenizer.separator] for name in ("one", "two"))
+    assert cache.tokens.tolist() == one + two and cache.documents["end"].tolist() == [len(one), len(one) + len(two)]
+    assert cache.documents["bytes"].tolist() == [3, 6]
+
+
+def test_what_stands_after_a_text_begins_none(trained, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_buffer(trained.file)
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", trained.separator)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert FileTokenizer(tmp_path / "tokenizer.json").begin == ()
