@@ -5,6 +5,9 @@
     coupling    the reversible network, in float32, beside the ordinary one
     dtype       the reversible network as it will run beside the same in float32
 
+    packed      the ordinary network on two texts in one row beside each alone
+    padded      the ordinary network with a cache and padding before a text, as it generates, beside without
+
 and then whether it is exact: the canary, elements that did not fit, gradients beside those of the stored run.
 """
 
@@ -29,6 +32,7 @@ from ..training import split_abstract
 from .plan_report import in_bytes
 
 _ROWS, _LENGTH = 2, 600  # short prompts hide mistakes in rotary positions
+_PADDING = 37  # tokens
 _PROBE = pathlib.Path(argparse.__file__)  # a text that is on every machine
 
 
@@ -119,6 +123,9 @@ def measure(
     beside = {"rounding": "plain", "coupling": "plain", "dtype": "coupling"}
     distances = {} if source is None else {"source": distance(logits["plain"], source)}
     distances |= {name: distance(logits[name], logits[other]) for name, other in beside.items()}
+    distances["packed"] = distance(_packed_logits(plain, params, tokens), logits["plain"])
+    padded = _padded_logits(plain, params, tokens)
+    distances["padded"] = distance(padded, logits["plain"][:1, : padded.shape[1]])
     reversible = parse_coupling(config.coupling).reversible
     plan = "nothing" if reversible else "inputs"
     report, grads = _gradients(config, plan, params, tokens)
@@ -194,6 +201,8 @@ def describe_fidelity(found: Fidelity) -> str:
         "rounding": "integer streams beside float streams",
         "coupling": "reversible beside the ordinary network",
         "dtype": "as it will run beside float32",
+        "packed": "two texts in a row beside each alone",
+        "padded": "with a cache and padding beside without",
     }
     rows = [f"{'':<40} {'largest':>9} {'KL':>9} {'top-1':>7}"]
     for name, what in names.items():
@@ -230,6 +239,26 @@ def _logits(config: DecoderConfig, params: dict[str, Any], tokens: np.ndarray) -
     model = _decoder(config, plan, params)
     run = jax.jit(lambda model, tokens: model(tokens))
     return np.concatenate([np.asarray(run(model, jnp.asarray(row[None]))) for row in tokens])  # a row of logits at once
+
+
+def _packed_logits(config: DecoderConfig, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """All rows as texts of one row."""
+    rows, length = tokens.shape
+    segment_ids, positions = np.divmod(np.arange(tokens.size, dtype=np.int32)[None], length)
+    run = jax.jit(lambda model, tokens: model(tokens, segment_ids=segment_ids, positions=positions))
+    found = run(_decoder(config, "inputs", params), jnp.asarray(tokens.reshape(1, -1)))
+    return np.asarray(found).reshape(rows, length, -1)
+
+
+def _padded_logits(config: DecoderConfig, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Of the first row's beginning, after padding, in a batch with a row that has none."""
+    padded = np.where(np.arange(tokens.shape[1]) < _PADDING, 0, np.roll(tokens, _PADDING, axis=1))
+    batch, padding_B = np.stack([padded[0], tokens[-1]]), jnp.array([_PADDING, 0], jnp.int32)
+
+    def run(model, batch):
+        return model.decode(batch, model.init_cache(2, batch.shape[1], padding_B))[0][:1, _PADDING:]
+
+    return np.asarray(jax.jit(run)(_decoder(config, "inputs", params), jnp.asarray(batch)))
 
 
 def _gradients(config: DecoderConfig, plan: str, params: dict[str, Any], tokens: np.ndarray):

@@ -19,7 +19,7 @@ def plot_fidelity(found: Fidelity, path: str | os.PathLike, *, title: str) -> pa
     """Draws the divergence that each step adds, and the largest |x| before each f; returns the path."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = list(found.distances)
+    names = [name for name in _NAMES if name in found.distances]
     floor = 1e-12  # of a logarithmic axis: what is less is no difference
     left.bar([_NAMES[name] for name in names], [max(found.distances[name].kl, floor) for name in names], width=0.6)
     left.set_yscale("log")

@@ -68,7 +68,7 @@ class FromHFConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters
     measure: bool = True  # how far it is from the pretrained one; needs memory for the whole model
     # What must not be exceeded; otherwise nothing is written.
-    max_source_error: float = 1e-4  # of a logit beside transformers, as a part of the largest logit
+    max_source_error: float = 1e-4  # of a logit beside transformers, packed or padded, as a part of the largest logit
     max_kl: float = 0.05  # of the reversible network from the ordinary one, nats a token; of revnet it is not asked
     max_gradient_error: float = 1e-5  # beside the stored run, relative
 
@@ -211,20 +211,18 @@ def _measured(found: Pretrained, model: DecoderConfig, folder: pathlib.Path) -> 
 
 def _check_fidelity(found: Fidelity, config: FromHFConfig) -> None:
     """Raises `CheckpointError` for a converted model that is not what it should be."""
-    source, coupling = found.distances.get("source"), found.distances["coupling"]
-    error = None if source is None else source.largest
+    names = {"source": "beside transformers", "packed": "of packed texts", "padded": "after padding"}
     limits = [
-        ("a logit beside transformers", error, config.max_source_error, "--max_source_error"),
-        ("KL of the reversible network", coupling.kl, config.max_kl, "--max_kl"),
-        ("gradients beside the stored run", found.gradient_error, config.max_gradient_error, "--max_gradient_error"),
+        (f"a logit {what}", found.distances[name].largest, config.max_source_error, "--max_source_error")
+        for name, what in names.items()
+        if name in found.distances
     ]
-    if not config.coupling.startswith(("near-residual", "bdia", "residual")):
-        del limits[1]  # it is another function
-    missed = [
-        f"{what}: {x:.2g}, and not above {limit:g} ({name})"
-        for what, x, limit, name in limits
-        if x is not None and not x <= limit
-    ]
+    if config.coupling.startswith(("near-residual", "bdia", "residual")):  # revnet is another function
+        limits.append(("KL of the reversible network", found.distances["coupling"].kl, config.max_kl, "--max_kl"))
+    if found.gradient_error is not None:
+        what = "gradients beside the stored run"
+        limits.append((what, found.gradient_error, config.max_gradient_error, "--max_gradient_error"))
+    missed = [f"{what}: {x:.2g}, and not above {limit:g} ({name})" for what, x, limit, name in limits if not x <= limit]
     if found.canary or found.unsafe:
         missed.append(f"exactness: canary {found.canary}, unsafe {found.unsafe}")
     if missed or not math.isfinite(found.loss):

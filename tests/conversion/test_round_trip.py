@@ -122,6 +122,7 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
     assert "canary 0, unsafe 0" in out and "gradients beside the stored run's 0.0e+00" in out
     fidelity = json.loads((tmp_path / "run" / "fidelity.json").read_text())
     assert fidelity["distances"]["rounding"]["kl"] < fidelity["distances"]["coupling"]["kl"] < 0.05
+    assert all(0 < fidelity["distances"][name]["largest"] < 1e-5 for name in ("packed", "padded"))
     assert len(fidelity["largest_x"]) == 10 and (tmp_path / "run" / "fidelity.png").stat().st_size > 10_000
     run = load(RunConfig, tmp_path / "run" / "config.yaml", environ={})
     settings = [
@@ -173,13 +174,16 @@ def test_another_dtype_can_go_out_than_came_in(tmp_path):
         (dict(loss=math.nan), "its loss is no number"),
         (dict(kl=math.nan), "KL of the reversible network: nan"),
         (dict(source=math.nan), "a logit beside transformers: nan"),
+        (dict(packed=0.1), "a logit of packed texts: 0.1, and not above 0.0001"),
+        (dict(padded=0.1), "a logit after padding: 0.1, and not above 0.0001"),
     ],
 )
 def test_no_number_and_no_exactness_are_refused_like_too_large_a_distance(change, message):
     near = Distance(largest=1e-6, kl=1e-6, top1=1.0)
-    kl, source = (change.pop(name, 1e-6) for name in ("kl", "source"))
+    kl = change.pop("kl", 1e-6)
+    largest = {name: change.pop(name, 1e-6) for name in ("source", "packed", "padded")}
     distances = {
-        "source": dataclasses.replace(near, largest=source),
+        **{name: dataclasses.replace(near, largest=x) for name, x in largest.items()},
         "rounding": near,
         "coupling": dataclasses.replace(near, kl=kl),
         "dtype": near,
