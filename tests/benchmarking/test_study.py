@@ -15,7 +15,7 @@ from revjax.errors import ConfigError
 from revjax.experiment import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
-STUDIES = sorted(path for path in (ROOT / "configs" / "studies").glob("*.yaml") if path.name != "small.yaml")
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
 @pytest.fixture
