@@ -7,6 +7,7 @@ Logs go to stderr; stdout belongs to a command's result. Nothing happens on impo
 "revjax" logger is touched.
 """
 
+import collections
 import datetime
 import json
 import logging
@@ -79,11 +80,15 @@ def _to_json(x: Any) -> Any:
     return x.item() if getattr(x, "ndim", None) == 0 else str(x)
 
 
+_RECENT = 50  # updates, by whose speed the time that is left is told
+
+
 class Progress:
     """Progress of `total` units of work: a live bar in a terminal, else a log line now and then.
 
     A line is written after the first update, then whenever `every_s` seconds or a tenth of the work have
-    passed, and at the end. It says how long the rest will take, at the speed since the first unit of work was done.
+    passed (but not within a second), and at the end. It says how long the rest will take, at the speed of the last
+    updates.
 
     >>> with Progress(1000, "train") as progress:
     ...     progress.update(1, loss=2.31, tokens_per_s=41_000)
@@ -94,7 +99,7 @@ class Progress:
         self._every_s, self._clock = every_s, clock
         self.done = 0
         self._written, self._written_at = None, clock()  # units and time of the last line
-        self._began: tuple[float, int] | None = None  # when the first units were done, and how many these were
+        self._recent = collections.deque([], _RECENT)  # of the last updates: when, and units done by then
         self._fields: dict[str, Any] = {}
         self._bar: rich.progress.Progress | None = None
         self._task = rich.progress.TaskID(0)
@@ -124,14 +129,14 @@ class Progress:
         """Counts `n` more units as done, and shows `fields` (loss=..., tokens_per_s=...) beside them."""
         self.done += n
         self._fields |= fields
-        if self._began is None and n:
-            self._began = self._clock(), self.done
+        if n:
+            self._recent.append((self._clock(), self.done))
         if self._bar is not None:
             self._bar.update(self._task, advance=n, shown=_shown(self._fields))
         elif (
             self._written is None
             or self.done >= self.total
-            or self.done - self._written >= self.total / 10
+            or (self.done - self._written >= self.total / 10 and self._clock() - self._written_at >= 1)
             or self._clock() - self._written_at >= self._every_s
         ):
             self._write()
@@ -147,10 +152,10 @@ class Progress:
 
     def _seconds_left(self) -> int | None:
         """Of the rest; None before there is a speed, and at the end."""
-        began_at, began = self._began or (0.0, self.done)
-        if self.done <= began or self.done >= self.total:
+        (began_at, began), (now, done) = (self._recent[0], self._recent[-1]) if self._recent else ((0.0, 0), (0.0, 0))
+        if done <= began or self.done >= self.total:
             return None
-        return round((self._clock() - began_at) / (self.done - began) * (self.total - self.done))
+        return round((now - began_at) / (done - began) * (self.total - self.done))
 
 
 def _shown(fields: dict[str, Any]) -> str:

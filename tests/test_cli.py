@@ -231,6 +231,10 @@ def test_a_budget_that_is_none_is_one_message(capsys, budget):
     assert f"The budget {budget!r}: Bytes" in message_of(capsys, ["plan", TINY, f"--budget={budget}"])
 
 
+def test_a_budget_without_a_unit_is_asked_for_one(capsys):
+    assert "'40' has no unit: write 40GB or 40MB." in message_of(capsys, ["plan", TINY, "--budget=40"])
+
+
 def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
     assert cli.main(["profile", TINY, f"--run.folder={tmp_path}"]) == 0
     out = capsys.readouterr().out

@@ -20,8 +20,8 @@ from revjax import cli, experiment
 from revjax.checkpoint import Checkpointer
 from revjax.config import load
 from revjax.data import Batches, ByteTokenizer, train_tokenizer
-from revjax.errors import CheckpointError, ConfigError, DataError, RunFolderError
-from revjax.experiment import MemoryConfig, RunConfig
+from revjax.errors import CheckpointError, ConfigError, DataError, RevjaxError, RunFolderError
+from revjax.experiment import MemoryConfig, Program, RunConfig
 from revjax.experiment.trained import named, read_parameters
 from revjax.models import Decoder
 from revjax.training import RunFolder, read_metrics, split
@@ -666,7 +666,7 @@ def test_other_data_goes_on_where_that_is_allowed(finished, text, tmp_path):
     assert ready.start_step == ready.batches.step == 10
 
 
-def test_a_run_begins_with_the_parameters_of_another(finished, text, tmp_path):
+def test_a_run_begins_with_the_parameters_of_another(finished, text, tmp_path, monkeypatch):
     begin = f"--training.start_from={finished[0].run.path}"
     ready = experiment.build(configure(text, tmp_path, begin, "--training.seed=1"))
     theirs = finished[2].outcome.state.params
@@ -676,15 +676,21 @@ def test_a_run_begins_with_the_parameters_of_another(finished, text, tmp_path):
     first = read_metrics(tmp_path / "a" / "metrics.jsonl")[0]["loss"]
     last = read_metrics(finished[0].run.path / "metrics.jsonl")[-1]["loss"]
     assert abs(first - last) < 0.5 * last
+    (tmp_path / "untrained").mkdir()
+    (tmp_path / "untrained" / "config.yaml").write_text((finished[0].run.path / "config.yaml").read_text())
     gone = configure(text, tmp_path, f"--training.start_from={tmp_path / 'gone'}", "--training.seed=1")
     allowed = ["training.start_from"]
     assert experiment.build(gone, allow_change=allowed).start_step == 10  # a run under way does not need it any more
     for settings, message in (
         (["--model.d_model=16"], "has another shape: .* is .* and here"),
         (["--training.start_from=nowhere"], "There is no run in nowhere"),
+        ([f"--training.start_from={tmp_path / 'untrained'}"], "has no checkpoint: was it ever trained"),
+        (["--model.d_model=16", "--model.lora.rank=2"], "has another shape: .* is .* and here"),
     ):
-        with pytest.raises((ConfigError, RunFolderError), match=message):
-            experiment.build(configure(text, tmp_path / "other", begin, *settings))
+        for dry in (True, False):  # told before anything is compiled
+            with monkeypatch.context() as patch, pytest.raises(RevjaxError, match=message):
+                patch.setattr(Program, "of", lambda *args: pytest.fail("too late"))
+                experiment.build(configure(text, tmp_path / "other", begin, *settings), dry=dry)
 
 
 def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, text, tmp_path):
@@ -693,7 +699,9 @@ def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, tex
     ready = experiment.build(configure(text, tmp_path, *settings))
     theirs = finished[2].outcome.state.params
     assert all(map(np.array_equal, jax.tree.leaves(ready.state.frozen), jax.tree.leaves(theirs)))
-    assert "of which 5,120 of adapters are trained" in experiment.announce(ready)
+    announced = experiment.announce(ready)
+    assert "of which 5,120 of adapters are trained" in announced
+    assert "parameters 20.5 kB, frozen 140 kB, optimizer 41 kB" in announced
     result = experiment.run(ready)
     state = result.outcome.state
     assert all(map(np.array_equal, jax.tree.leaves(state.frozen), jax.tree.leaves(theirs)))

@@ -1,6 +1,7 @@
 """The log reads well in a terminal, in a file and to a machine."""
 
 import io
+import itertools
 import json
 import logging
 
@@ -67,8 +68,8 @@ def test_a_wrong_level_or_format_is_named(arguments, message):
 
 
 def test_progress_outside_a_terminal_writes_every_tenth_and_the_end():
-    out = logged()
-    with Progress(1000, "train", clock=lambda: 0.0) as progress:
+    out, now = logged(), itertools.count(0, 0.01)
+    with Progress(1000, "train", every_s=1e9, clock=lambda: next(now)) as progress:
         for step in range(1000):
             progress.update(1, loss=2.5 - step / 1000, tokens_per_s=41_000)
     lines = out.getvalue().splitlines()
@@ -104,8 +105,8 @@ def test_progress_in_a_terminal_is_a_bar_below_the_log():
 
 
 def test_numbers_of_progress_have_the_same_decimals_in_every_line():
-    out = logged()
-    with Progress(3, "train", clock=lambda: 0.0) as progress:
+    out, now = logged(), itertools.count()
+    with Progress(3, "train", clock=lambda: next(now)) as progress:
         for loss in (1.5, 2.0, np.float32(0.996891)):
             progress.update(1, loss=loss, rate=3e-4, canary=np.int32(0), tokens=12_345)
     shown = [line.partition("/3 ")[2] for line in out.getvalue().splitlines()]
@@ -127,3 +128,14 @@ def test_progress_tells_how_long_the_rest_takes_once_there_is_a_speed():
         "  0:32:58 left",
         "",
     ]
+
+
+def test_progress_writes_no_more_than_a_line_a_second_and_tells_time_by_the_recent_speed():
+    out, now = logged(), [0.0]
+    with Progress(400, "train", every_s=10, clock=lambda: now[0]) as progress:
+        for i in range(400):
+            now[0] += 1e-3 if i < 200 else 0.1
+            progress.update()
+    lines = [line.partition("train ")[2].strip() for line in out.getvalue().splitlines()]
+    assert [line.split("/")[0] for line in lines] == ["1", "209", "249", "289", "329", "369", "400"]
+    assert lines[3].endswith("0:00:11 left")  # 111 more at 0.1 s

@@ -131,8 +131,8 @@ def _check_coupling(config: DecoderConfig) -> None:
     near = coupling.order == 1 or config.coupling.partition(":")[0] == "near-residual"
     if not near:
         raise ConfigError(
-            f"A model with the coupling {config.coupling!r} is not near to a stock architecture, which its parameters "
-            "would not make. near-residual, bdia and residual are."
+            f"A model that was trained with the coupling {config.coupling!r} is another network than a stock "
+            "architecture with its parameters. Train one with --model.coupling=near-residual:1, bdia:1 or residual."
         )
     own = {"layer_scale": config.layer_scale is not None, "second_stream": config.second_stream == "own"}
     own |= {"readout": config.readout in ("learned", "concat")}

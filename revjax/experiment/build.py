@@ -35,6 +35,7 @@ from .devices import Devices
 from .plan_report import in_bytes
 from .planning import cost_of, levels_of, settled
 from .program import Program, next_token_loss
+from .trained import check_start, has_checkpoints
 
 _HOPELESS = 4  # times the memory that is free: counts by hand are not that far off
 
@@ -85,6 +86,8 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     tokenizer, files = _tokenizer(config), find_texts(config.data)
     load_template(config.data)
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
+    if config.training.start_from is not None and not has_checkpoints(config.run.path):
+        check_start(config.training.start_from, config.model, tokenizer)
     config, made = settled(config)
     devices = Devices.of(config)  # micro-batches may be others now
     if knows_steps:  # before any work, and after what may be wrong with the configuration alone

@@ -63,7 +63,28 @@ def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: To
     Adapters are added to what they are beside. All are numpy's: on no device yet. Raises a `RevjaxError` where there
     are none, or they are not for such a model.
     """
-    _, data, params = _read(folder)
+    _, _, params = _read(folder)
+    _check_parameters(folder, params, like, tokenizer)
+    return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
+
+
+def check_start(folder: str | os.PathLike, model: DecoderConfig, tokenizer: Tokenizer) -> None:
+    """Raises what `parameters_of` would raise for a run with this model, as far as shapes and names tell."""
+    path = pathlib.Path(folder).expanduser()
+    config = read_config(path, RunConfig)
+    if not has_checkpoints(path) and not (path / PARAMETERS).is_file():
+        raise CheckpointError(f"The run in {folder} (training.start_from) has no checkpoint: was it ever trained?")
+    base = lambda model: split(nnx.eval_shape(lambda: Decoder(_without_adapters(model), plan="all", rngs=nnx.Rngs(0))))[
+        1
+    ]
+    _check_parameters(folder, base(config.model), base(model), tokenizer)
+
+
+def _check_parameters(
+    folder: str | os.PathLike, params: dict[str, Any], like: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    path = pathlib.Path(folder).expanduser()
+    data = _data(path, read_config(path, RunConfig))
     if load_tokenizer(data).fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={data.tokenizer}"
@@ -76,7 +97,6 @@ def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: To
                 f"{theirs.get(name, 'not there')}, and here {ours.get(name, 'not there')}. Take the model section of "
                 f"{folder}/config.yaml."
             )
-    return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
 
 
 def has_checkpoints(folder: pathlib.Path) -> bool:
@@ -112,16 +132,25 @@ def _read(folder: str | os.PathLike, *, merged: bool = True) -> tuple[RunConfig,
         raise CheckpointError(f"The checkpoint in {folder} does not fit its config.yaml: was one of them changed?")
     if not all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(trained)):
         get_logger(__name__).warning("The parameters of %s are not all finite: its training diverged.", folder)
+    params = jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
+    if merged and config.model.lora is not None:
+        params = merge_adapters(params, config.model.lora)
+        config = dataclasses.replace(config, model=_without_adapters(config.model))
+    return config, _data(folder, config), params
+
+
+def _without_adapters(model: DecoderConfig) -> DecoderConfig:
+    return dataclasses.replace(model, lora=None)
+
+
+def _data(folder: pathlib.Path, config: RunConfig) -> DataConfig:
+    """The data section of the run in `folder`, with the tokenizer and the template that lie there."""
     data = config.data
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
     if (folder / CHAT_TEMPLATE).exists():
         data = dataclasses.replace(data, chat_template=str(folder / CHAT_TEMPLATE))
-    params = jax.tree.map(lambda shape, x: x.astype(shape.dtype), shapes, trained)
-    if merged and config.model.lora is not None:
-        params = merge_adapters(params, config.model.lora)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=None))
-    return config, data, params
+    return data
 
 
 def _of_checkpoint(folder: pathlib.Path) -> dict[str, Any]:

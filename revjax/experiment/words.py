@@ -84,7 +84,8 @@ def _number(x: float) -> str:
 
 
 def _state_bytes(state: TrainState) -> str:
-    parts = {"parameters": state.params, "optimizer": state.opt_state, "running mean": state.ema}
+    parts = {"parameters": state.params, "frozen": state.frozen}
+    parts |= {"optimizer": state.opt_state, "running mean": state.ema}
     sizes = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in parts.items()}
     return ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items() if size)
 

@@ -54,6 +54,8 @@ def parse_bytes(text: str) -> int:
         found = number * units[unit.lower()]
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"Bytes are written as 40GiB, 8GB, 500MB or 1e9, but got {text!r}.") from None
+    if not unit and 1 <= found < 1e6:
+        raise ValueError(f"{text!r} has no unit: write {text}GB or {text}MB.")
     if not 0 < found < math.inf:
         raise ValueError(f"Bytes must be above 0, but got {text!r}.")
     return int(found)
