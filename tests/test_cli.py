@@ -232,7 +232,9 @@ def test_a_budget_that_is_none_is_one_message(capsys, budget):
 
 
 def test_a_budget_without_a_unit_is_asked_for_one(capsys):
-    assert "'40' has no unit: write 40GB or 40MB." in message_of(capsys, ["plan", TINY, "--budget=40"])
+    assert "The budget '40': 40 bytes are meant? It has no unit: write 40GB or 40MB." in message_of(
+        capsys, ["plan", TINY, "--budget=40"]
+    )
 
 
 def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):

@@ -32,7 +32,10 @@ def budget_bytes(budget: str, hardware: str | None = None) -> int:
     if share is not None and 0 < share <= 1:
         return int(share * (device_bytes() if hardware is None else known_hardware(hardware).bytes))
     try:
-        return parse_bytes(budget)
+        found = parse_bytes(budget)
+        if found < 10**6 and not re.search("[A-Za-z]", budget):
+            raise ValueError(f"{budget} bytes are meant? It has no unit: write {budget}GB or {budget}MB.")
+        return found
     except ValueError as e:
         raise ConfigError(
             f"The budget {budget!r}: {e} It may also be a part of the device (0.5), auto, aggressive or balanced."
@@ -54,8 +57,6 @@ def parse_bytes(text: str) -> int:
         found = number * units[unit.lower()]
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"Bytes are written as 40GiB, 8GB, 500MB or 1e9, but got {text!r}.") from None
-    if not unit and 1 <= found < 1e6:
-        raise ValueError(f"{text!r} has no unit: write {text}GB or {text}MB.")
     if not 0 < found < math.inf:
         raise ValueError(f"Bytes must be above 0, but got {text!r}.")
     return int(found)

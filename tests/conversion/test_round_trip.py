@@ -198,7 +198,10 @@ def test_no_number_and_no_exactness_are_refused_like_too_large_a_distance(change
 
 def test_what_has_no_stock_architecture_is_refused(tmp_path):
     for fields, message in [
-        (dict(coupling="midpoint:0.5"), "is not near to a stock architecture"),
+        (
+            dict(coupling="midpoint:0.5"),
+            "is another network than a stock architecture .* Train one with --model.coupling=near-residual:1",
+        ),
         (dict(coupling="near-residual:1", layer_scale=0.1), "no place for the parameters of layer_scale"),
         (dict(coupling="near-residual:1", readout="learned"), "no place for the parameters of readout"),
         (dict(coupling="bdia:1", gated=False), "No family of transformers has this architecture"),
