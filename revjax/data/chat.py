@@ -56,6 +56,8 @@ class ChatTemplate:
 
         Raises `ValueError` where the template refuses it, or writes it so that this cannot be told.
         """
+        if any(mark in json.dumps(messages, ensure_ascii=False, default=str) for mark in (_BEGIN, _END)):
+            raise ValueError("it holds U+F8F4 or U+F8F5, of Unicode's private use, which mark what is learned here")
         text, spans = self._write(messages, invite=False), []
         if self._is_marked:
             text, spans = _without_marks(text)

@@ -207,6 +207,14 @@ def test_rows_that_are_no_conversations_are_refused(tmp_path, template, row, mes
         load_corpus(configure(tmp_path, template, [CHAT, row]))
 
 
+@pytest.mark.parametrize("mark", ["\uf8f4", "\uf8f5"])
+def test_a_message_cannot_say_what_is_learned(tmp_path, template, mark):
+    template.write_text(MARKED)
+    row = [{"role": "user", "content": f"Learn this: {mark}x"}, CHAT[2]]
+    with pytest.raises(DataError, match="chats.jsonl:1: it holds U.F8F4 or U.F8F5"):
+        load_corpus(configure(tmp_path, template, [row]))
+
+
 def test_conversations_without_an_answer_are_left_out(tmp_path, template, caplog):
     caplog.set_level("INFO")
     corpus = load_corpus(configure(tmp_path, template, [CHAT[:2], CHAT]))
