@@ -184,5 +184,5 @@ def test_mistakes_on_the_command_line(folder, capsys, tmp_path):
     assert cli.main(["convert", "from-hf", str(folder), *words]) == 0
     capsys.readouterr()
     assert cli.main(["convert", "to-hf", str(tmp_path / "r"), f"--output={tmp_path / 'out'}"]) == 2
-    assert "is not near to a stock architecture" in capsys.readouterr().err
+    assert "is another network than a stock architecture" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
