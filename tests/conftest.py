@@ -28,6 +28,8 @@ for name, value in {
     jax.config.update(name, value)
 os.environ["REVJAX__MESH__DATA"] = "1"  # of commands: a run is on one device where nothing is said of more
 jax.config.update("jax_num_cpu_devices", 8)
+if jax.default_backend() == "gpu":
+    jax.config.update("jax_default_matmul_precision", "highest")  # products of fp32 are rounded to 10 bits there
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

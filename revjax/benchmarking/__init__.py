@@ -3,6 +3,7 @@
 from .exactness import EXACT_COUPLINGS as EXACT_COUPLINGS
 from .exactness import ExactnessConfig as ExactnessConfig
 from .exactness import exactness as exactness
+from .frontier_plot import plot_frontier as plot_frontier
 from .gradients import GradientsConfig as GradientsConfig
 from .gradients import gradients as gradients
 from .memory import MemoryConfig as MemoryConfig

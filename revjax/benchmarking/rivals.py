@@ -76,14 +76,18 @@ class _Program:
 def _compiled(config: RivalConfig, way: str, tokens: jax.Array, seed: int) -> _Program:
     ours = way.startswith("revjax ")
     model = Decoder(config.decoder(), plan=way.removeprefix("revjax ") if ours else "nothing", rngs=nnx.Rngs(seed))
-    step = jax.jit(_ours if ours else functools.partial(_theirs, way))
-    program = step.lower(model, tokens).compile()
+    program = jax.jit(gradient_of(way)).lower(model, tokens).compile()
     analysis = program.memory_analysis()
     assert analysis is not None, "XLA tells no memory on this backend"
     return _Program(
         lambda: jax.block_until_ready(program(model, tokens)),
         analysis.temp_size_in_bytes + analysis.output_size_in_bytes,
     )
+
+
+def gradient_of(way: str) -> Callable:
+    """(model, tokens) -> ((loss, report), gradients) of revjax; (loss, gradients) of a rival."""
+    return _ours if way.startswith("revjax ") else functools.partial(_theirs, way)
 
 
 def _ours(model: Decoder, tokens: jax.Array):

@@ -10,6 +10,7 @@ import jax
 
 from ..errors import ConfigError
 from ..logging import get_logger
+from .accelerator import accelerator, accelerators
 from .cost import cost, draw
 from .exactness import EXACT_COUPLINGS, FAMILIES, ExactnessConfig, FamilyConfig, exactness
 from .gradients import GradientsConfig, gradients
@@ -127,6 +128,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
             for dtype in ("bfloat16", "float32")
         ],
     ),
+    "accelerator": (accelerator, accelerators()),
     "loop": (loop, [LoopConfig(num_layers=12, d_model=96, sequence_length=128, batch_size=8)]),
 }
 
@@ -144,6 +146,7 @@ ABOUT = {
     "peers": "time and memory beside reversible libraries of PyTorch; installs them (half an hour)",
     "rivals": "every plan beside every form of jax.checkpoint, memory and time in pairs (half an hour)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
+    "accelerator": "a decoder of 1.2 billion on one GPU: memory and time of every plan and rival (eight minutes there)",
     "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",
 }  # on two CPU cores
 

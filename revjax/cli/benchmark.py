@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from ..benchmarking import ABOUT, SUITES, run_suite
+from ..benchmarking import ABOUT, SUITES, plot_frontier, run_suite
 from ..errors import ConfigError, nearest
 from ..logging import setup
 from .words import leading_names, one_name, take
@@ -27,6 +27,11 @@ def benchmark(argv: list[str]) -> int:
         raise ConfigError(f"Unexpected {unknown[0]!r}. Write: {USAGE}")
     folder = settings[-1].removeprefix("--folder=") if settings else "runs/benchmarks"
     setup()
+    rows = []
     for row in run_suite(name, pathlib.Path(folder)):
         print(json.dumps(row), flush=True)
+        rows.append(row)
+    if "way" in rows[0]:
+        title = f"{rows[0].get('device', rows[0]['backend'])}, jax {rows[0]['jax']}"
+        plot_frontier(rows, pathlib.Path(folder) / f"{name}.png", title=title)
     return 0

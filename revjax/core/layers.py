@@ -162,7 +162,7 @@ class Layers:
                 raise ValueError(
                     f"The plan keeps what is named {' or '.join(map(repr, names))}, but no function of this run names "
                     f"anything so: y = jax.ad_checkpoint.checkpoint_name(y, {names[0]!r}), not inside a loop, a "
-                    "condition or a chunk of tokens. (revjax.nn.Attention does, but not with cuDNN.) Or use "
+                    "condition or a chunk of tokens. (revjax.nn.Attention does.) Or use "
                     "plan='nothing', for this run alone where there are several."
                 )
             if any(fn.named != again.named for fn, again in zip(period, replay, strict=True)):

@@ -1,15 +1,17 @@
 """Makes a program give the same bits wherever it is compiled into a larger one.
 
 f is compiled twice, alone and beside its gradient, and XLA compiles by the neighbourhood. What it may do to
-numbers then, and what stops it, however the caller compiles (seen on CPU; a compiler option could stop the
-first, but only the outermost `jax.jit` may set options):
+numbers then, and what stops it, however the caller compiles (causes seen on CPU; on an H200, too, nearly all layers
+were rebuilt wrong without. A compiler option could stop the first, but only the outermost `jax.jit` may set options):
 
   It leaves out a rounding to bf16 between two operations that it fuses. `reduce_precision` says that the
   rounding is meant. So arithmetic in low precision becomes fp32 arithmetic that is rounded once,
 
       y = convert(reduce_precision(op(wide(a), wide(b))))        wide: the same numbers in fp32
 
-  which leaves nothing to round inside an operation that XLA takes apart, such as a logistic function.
+  which leaves nothing to round inside an operation that XLA takes apart, such as a logistic function. On a GPU,
+  where `reduce_precision` costs more than reading a number (a dozen operations), the conversion itself rounds, and
+  its bits are sealed, as below; what a matrix product stores in low precision is read as it is.
 
   It merges a product with the sum that reads it (fused multiply-add: one rounding for two), or a root or
   quotient with the product that reads it, if nothing else does. Such a result is sealed: its bits go through
@@ -46,10 +48,9 @@ _ARITHMETIC = set(
 )
 _SUMS = {"add", "add_any", "sub"}
 _ROOTS = {"sqrt", "rsqrt", "cbrt", "exp", "exp2", "log", "pow", "div", "logistic"}  # XLA merges them into products
+_SHAPES = set("reshape squeeze expand_dims broadcast_in_dim slice".split())
 # Exact, on numbers that are rounded already; cheap in fp32, so that neighbouring arithmetic needs no conversion.
-_EXACT = set(
-    "neg abs sign max min clamp round floor ceil select_n reshape squeeze expand_dims broadcast_in_dim slice".split()
-)
+_EXACT = _SHAPES | set("neg abs sign max min clamp round floor ceil select_n".split())
 # Exact, and left in low precision: their results are likely to be stored, or multiplied.
 _MOVES = set(
     "transpose concatenate pad rev gather dynamic_slice dynamic_update_slice split copy sort reduce_max reduce_min "
@@ -197,7 +198,8 @@ class _Pinned:
         if name in _ARITHMETIC | _EXACT and _bits(eqn.outvars[0].aval):
             (y,) = self._bind(eqn, [self._widen(a) for a in args])
             rounded = name in _EXACT and self._are_rounded(args)
-            return [self._narrow(y, eqn.outvars[0].aval.dtype, rounded=rounded)]
+            low = self._bind(eqn, args)[0] if name in _SHAPES and rounded else None
+            return [self._narrow(y, eqn.outvars[0].aval.dtype, rounded=rounded, low=low)]
         outs = self._loop(name, params, args) if name in _LOOPS else self._bind(eqn, args)
         if self._is_sealed(eqn, args):
             return [self._seal(outs[0])]
@@ -225,11 +227,7 @@ class _Pinned:
 
     def _seal(self, x):
         """fp32 (or fp64), rounded: not to be merged with what follows."""
-        ints = {4: jnp.uint32, 8: jnp.uint64}.get(x.dtype.itemsize)
-        if not _is_float(x) or ints is None:
-            return x
-        zeros = jnp.broadcast_to(self.zero.astype(ints), x.shape)
-        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, ints) | zeros, x.dtype)
+        return _sealed(x, self.zero) if _is_float(x) and x.dtype.itemsize in (4, 8) else x
 
     def _loop(self, name: str, params: dict[str, Any], args: list) -> list:
         """An operation that runs other programs, with those programs pinned."""
@@ -272,15 +270,37 @@ class _Pinned:
             return x
         return self.wide[id(x)][1] if id(x) in self.wide else jnp.asarray(x).astype(jnp.float32)
 
-    def _narrow(self, wide, dtype, *, rounded: bool = False):
-        """fp32 -> low precision; `rounded` says that nothing is lost by it."""
-        wide = wide if rounded else jax.lax.reduce_precision(wide, *_ROUNDING[dtype])
-        x = wide.astype(dtype)
+    def _narrow(self, wide, dtype, *, rounded: bool = False, low=None):
+        """fp32 -> low precision; `rounded` says that nothing is lost by it, and `low` is the same, if it is there."""
+
+        def reduced(wide, low, zero):
+            wide = wide if rounded else jax.lax.reduce_precision(wide, *_ROUNDING[dtype])
+            return wide.astype(dtype), wide
+
+        def sealed(wide, low, zero):
+            """Cheaper where arithmetic is not free beside memory, and what an operation stores in `low` stays there."""
+            if low is not None:
+                return low, _sealed(low, zero).astype(jnp.float32)
+            if rounded:
+                return wide.astype(dtype), wide
+            low = _sealed(wide.astype(dtype), zero)
+            return low, low.astype(jnp.float32)
+
+        x, wide = jax.lax.platform_dependent(wide, low, self.zero, cuda=sealed, default=reduced)
         self.wide[id(x)] = x, wide
         return x
 
     def _round(self, x, *, rounded: bool = False):
-        return self._narrow(jnp.asarray(x).astype(jnp.float32), x.dtype, rounded=rounded) if _bits(x) else x
+        if not _bits(x):
+            return x
+        return self._narrow(jnp.asarray(x).astype(jnp.float32), x.dtype, rounded=rounded, low=jnp.asarray(x))
+
+
+def _sealed(x, zero):
+    """The same float, of bits that the compiler cannot know."""
+    ints = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    zeros = jnp.broadcast_to(zero.astype(ints), x.shape)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, ints) | zeros, x.dtype)
 
 
 def _bind(eqn, args, params: Any) -> list[Any]:

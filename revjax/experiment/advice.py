@@ -64,10 +64,7 @@ def describe_suggestions(found: list[Suggestion]) -> str:
 def _changes(config: RunConfig, shapes: TrainState) -> Iterator[tuple[str, RunConfig, int]]:
     """(setting, `config` with it, bytes of the state that come with it)"""
     memory, model = config.memory, config.model
-    plans = levels_of(config)
-    if jax.default_backend() == "gpu":  # attention by cuDNN keeps nothing by name
-        plans = [name for name in plans if name != "attention"]
-    for name in plans:
+    for name in levels_of(config):
         if keeps(name, model.run_lengths) != keeps(memory.plan, model.run_lengths):
             yield f"--memory.plan={name}", _with(config, memory={"plan": name}), 0
     rows = config.data.batch_size

@@ -178,11 +178,7 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
     devices = Devices.of(config)
     with_plan = lambda name: dataclasses.replace(config, memory=dataclasses.replace(config.memory, plan=name))
     levels = levels_of(config)
-    try:
-        shapes = Program.of(with_plan(levels[1]), devices).shapes
-    except ConfigError:  # attention that cannot keep what it computes (cuDNN)
-        levels.remove("attention")
-        shapes = Program.of(with_plan(levels[0]), devices).shapes
+    shapes = Program.of(with_plan(levels[0]), devices).shapes
     plans = levels + _in_parts(levels, config.model.run_lengths)
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):

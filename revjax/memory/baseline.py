@@ -7,6 +7,7 @@
     attention    jax.checkpoint per layer that keeps attention's output and log-sum-exp
     checkpoint   jax.checkpoint per layer: x at every layer is kept, the rest is computed again
     nested       jax.checkpoint per segment of about sqrt(L) layers, and per layer in it
+    offload      as checkpoint, with x at every layer in the host's memory (not on CPU, which has no other)
 
 Every claim of revjax is measured beside this. Nothing of the reversible core is used here, and no rounding
 is pinned: it is what one would write without revjax.
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ..models.decoder import Decoder
 from ..nn import cross_entropy
@@ -30,6 +32,12 @@ _POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "checkpoint": None,
     "nested": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -39,6 +47,7 @@ def residual_stack(model: Decoder, x: jax.Array, rival: str = "checkpoint") -> j
         graphdef, params_L = nnx.split(list(branches))
 
         def layer(x, params, graphdef=graphdef):
+            x = checkpoint_name(x, "layer_input")
             for branch in nnx.merge(graphdef, params):
                 x = x + _by_chunks(branch, x).astype(x.dtype)
             return x, None

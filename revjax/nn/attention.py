@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from .cache import KVCache
 from .flash import flash_attention
@@ -67,10 +68,28 @@ def attention(
         return _plain(q_BTNH, k_BSKH, v_BSKH, **options)
     if reason := _cudnn_refuses(q_BTNH, k_BSKH, v_BSKH, **options):
         raise ValueError(f'cuDNN attention cannot run here: {reason}. Use implementation="auto" or "flash".')
-    local_window = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, is_causal=causal, local_window_size=local_window, scale=scale, implementation="cudnn"
+    return _cudnn(q_BTNH, k_BSKH, v_BSKH, causal=causal, window=window, scale=scale)
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, causal: bool, window: int | None, scale: float | None) -> jax.Array:
+    """NVIDIA's kernel. Its output and log-sum-exp bear the name that plan "attention" keeps, as `flash_attention`'s."""
+    kernel = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        scale=scale,
+        implementation="cudnn",
     )
+
+    def forward(*qkv):
+        o, vjp = jax.vjp(kernel, *qkv)
+        is_new = lambda a: not any(a is given for given in qkv)  # of the residuals (q, k, v, o, log-sum-exp)
+        named = {id(a): checkpoint_name(a, "attention") for a in (o, *jax.tree.leaves(vjp)) if is_new(a)}
+        return named[id(o)], jax.tree.map(lambda a: named.get(id(a), a), vjp)
+
+    run = jax.custom_vjp(kernel)
+    run.defvjp(forward, lambda vjp, do: vjp(do))
+    return run(q_BTNH, k_BSKH, v_BSKH)
 
 
 def _cudnn_refuses(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, softcap, dropout, key):

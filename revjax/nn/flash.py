@@ -36,7 +36,7 @@ cores (AMX), jax 0.10.2, bf16, causal, block sizes as chosen; milliseconds, and 
     (1, 8192, 4, 64)    277   (0.15)     631   (0.08)
 
 There a block of scores did best at 1 to 4 million elements over all heads and rows (`choose_blocks`).
-Nothing was measured on a GPU: prefer cuDNN there, see `attention.py`.
+It was not timed on a GPU: prefer cuDNN there, see `attention.py`.
 
 Only jax is imported here. No parameters, no layers, no cache.
 """

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, run_suite
 from revjax.benchmarking.cost import cost, draw
@@ -13,10 +16,11 @@ from revjax.benchmarking.gradients import distance, unequal
 from revjax.benchmarking.memory import AttentionConfig, TrainStepConfig, attention, train_step
 from revjax.benchmarking.peers import PeerConfig, peer
 from revjax.benchmarking.planning import PlanningConfig, planning
-from revjax.benchmarking.rivals import rival, ways
+from revjax.benchmarking.rivals import gradient_of, rival, ways
 from revjax.cli import main
 from revjax.errors import RevjaxError
 from revjax.memory import RIVALS
+from revjax.models import Decoder, DecoderConfig
 
 TINY = MemoryConfig(num_layers=2, d_model=64, sequence_length=16, batch_size=1)
 
@@ -40,6 +44,36 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(cap
     (tmp_path / "file").write_text("")
     assert main(["benchmark", "memory", f"--folder={tmp_path}/file/x"]) == 2
     assert "x/memory.jsonl: Not a directory. Give another folder: --folder=" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU cannot")
+def test_a_suite_for_a_gpu_says_so(capsys, tmp_path):
+    assert main(["benchmark", "accelerator", f"--folder={tmp_path}"]) == 2
+    assert "needs a GPU or a TPU" in capsys.readouterr().err and not (tmp_path / "accelerator.jsonl").read_text()
+
+
+def test_the_offloaded_rival_moves_what_enters_a_layer_to_the_host():
+    """As lowered for a GPU, which need not be here."""
+    config = DecoderConfig(d_model=64, num_layers=4, num_heads=2)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    traced = jax.jit(gradient_of("offload")).trace(model, jax.ShapeDtypeStruct((2, 64), jnp.int32))
+    assert "pinned_host" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_rival_dots_keeps_the_results_of_products():
+    config = DecoderConfig(d_model=64, num_layers=4, num_heads=2)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    products = lambda way: jax.jit(gradient_of(way)).lower(model, tokens).as_text().count("dot_general")
+    assert products("dots") == products("stored") < products("checkpoint")
+
+
+def test_plans_and_rivals_are_drawn(tmp_path, monkeypatch, capsys):
+    shape = dict(num_layers=2, d_model=64, sequence_length=64, batch_size=1, vocab_size=64, dtype="float32")
+    measured = lambda config: {"bytes": 10**9 + len(config.way), "seconds": 1.0}
+    monkeypatch.setitem(SUITES, "rivals", (measured, ways(**shape)))
+    assert main(["benchmark", "rivals", f"--folder={tmp_path}"]) == 0
+    assert (tmp_path / "rivals.png").stat().st_size > 10_000 and len(capsys.readouterr().out.splitlines()) == 8
 
 
 @pytest.mark.slow

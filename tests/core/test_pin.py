@@ -47,6 +47,22 @@ def test_every_low_precision_result_is_rounded_also_in_loops():
     assert (pin(f)(x) == f(x)).all()
 
 
+def test_a_gpu_rounds_by_conversions_to_the_same_numbers(monkeypatch):
+    """Where arithmetic is not free beside memory: see `_Pinned._narrow`."""
+
+    def f(x, w):
+        y = jax.nn.silu((x @ w).reshape(4, 2, 8)) * 1.7
+        return (jnp.max(y, axis=1) @ w[:8]).T, jnp.sum(y, axis=-1)
+
+    x, w = (jax.random.normal(jax.random.key(i), (n, 16), jnp.bfloat16) for i, n in enumerate((4, 16)))
+    expected = pin(f)(x, w)  # operation by operation, where nothing is merged
+    of_platform = lambda *args, default, **others: others.get("cuda", default)(*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", of_platform)
+    for a, b in zip(pin(f)(x, w), expected, strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16 and (a == b).all()
+    assert "reduce_precision" not in str(jax.make_jaxpr(pin(f))(x, w))
+
+
 def test_custom_derivatives_survive_in_the_scan():
     """relu'(0) is 0 by jax's custom rule, and a straight-through estimator has the gradient it was given."""
 

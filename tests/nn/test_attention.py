@@ -1,11 +1,14 @@
 """The attention layer: its kernels agree, its cache replays the full pass, its mistakes are named."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from revjax.models import Decoder, DecoderConfig, value_and_grad
 from revjax.nn import Attention, KVCache, Rotary, attention
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)  # fp32, another order of summation
@@ -41,6 +44,30 @@ def test_cudnn_without_a_gpu_says_so():
     x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         attention(x, x, x, implementation="cudnn")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("options", [dict(causal=True), dict(causal=True, window=9), dict()])
+def test_cudnn_and_flash_agree(options):
+    q, k, v = (normal(i, 2, 128, n, 64).astype(jnp.bfloat16) for i, n in enumerate((4, 2, 2)))
+    run = lambda implementation: attention(q, k, v, implementation=implementation, **options).astype(jnp.float32)
+    np.testing.assert_allclose(run("cudnn"), run("flash"), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("plan, kernels", [("nothing", 2), ("attention", 1), ("inputs:1", 2), ("all", 1)])
+def test_plan_attention_keeps_what_cudnn_computes(plan, kernels, monkeypatch):
+    """How many forward kernels a gradient has, as lowered for a GPU (which need not be here)."""
+    kernel = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91_900)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda wanted: True)
+    monkeypatch.setattr(kernel, "is_cuda_compute_capability_equal", lambda wanted: wanted == "9.0")
+    monkeypatch.setattr(sys.modules["revjax.nn.attention"], "_cudnn_refuses", lambda *args, **options: None)
+    config = DecoderConfig(d_model=128, num_layers=4, num_heads=2)
+    model = nnx.eval_shape(lambda: Decoder(config, plan=plan, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    gradient = lambda model, tokens: value_and_grad(lambda m: jnp.divide(*m.loss(tokens, tokens)))(model)
+    text = jax.jit(gradient).trace(model, tokens).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("cudnn$fmhaSoftmax(") == kernels and text.count("cudnn$fmhaSoftmaxBackward(") == 1
 
 
 @pytest.mark.parametrize(
