@@ -22,5 +22,6 @@ from .models import check as check
 from .models import preset as preset
 from .models import value_and_add_grad as value_and_add_grad
 from .models import value_and_grad as value_and_grad
+from .models import value_and_update as value_and_update
 
 __version__ = "0.1.0"

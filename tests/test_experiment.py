@@ -23,8 +23,8 @@ from revjax.data import Batches, ByteTokenizer, train_tokenizer
 from revjax.errors import CheckpointError, ConfigError, DataError, RevjaxError, RunFolderError
 from revjax.experiment import MemoryConfig, Program, RunConfig
 from revjax.experiment.trained import named, read_parameters
-from revjax.models import Decoder
-from revjax.training import RunFolder, read_metrics, split
+from revjax.models import Decoder, DecoderConfig
+from revjax.training import OptimizerConfig, RunFolder, TrainingConfig, read_metrics, split
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def finished(text, tmp_path_factory):
     return config, ready, experiment.run(ready)
 
 
+@pytest.mark.slow
 def test_a_budget_is_settled_once_and_a_run_keeps_what_it_came_to(text, tmp_path, caplog):
     looked_for = ["--memory.plan=auto", "--training.steps=2"]
     config = configure(text, tmp_path, *looked_for, "--memory.budget=aggressive", "--memory.accumulation=2")
@@ -108,6 +109,7 @@ def test_an_ordinary_network_has_plans_of_its_own(text, tmp_path):
     assert experiment.check_model(config).ok
 
 
+@pytest.mark.slow
 def test_advice_names_settings_that_do_what_it_says(text, tmp_path):
     """The compiled step is smaller where advice says so, and what a step has already is not advised."""
     basic = ["--model.d_model=64", "--model.num_layers=8", "--data.sequence_length=128", "--memory.plan=all"]
@@ -421,6 +423,7 @@ def test_a_text_ends_where_it_is_told_to(text, stop, expected):
     )
 
 
+@pytest.mark.slow
 def test_many_prompts_are_continued_in_batches_as_each_alone(finished):
     run = experiment.load_run(finished[0].run.path)
     options = experiment.SampleConfig(max_new_tokens=30, temperature=0, batch_size=2, stop=("\n",))
@@ -693,6 +696,7 @@ def test_a_run_begins_with_the_parameters_of_another(finished, text, tmp_path, m
                 experiment.build(configure(text, tmp_path / "other", begin, *settings), dry=dry)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_beside_the_parameters_of_another_run(finished, text, tmp_path):
     base = finished[0].run.path
     settings = ("--run.name=lora", f"--training.start_from={base}", "--model.lora.rank=4", "--training.seed=1")
@@ -905,3 +909,14 @@ def test_weights_and_biases_without_a_login_says_what_to_type(text, tmp_path, mo
     with pytest.raises(ConfigError, match="training.wandb: .*wandb login.* Or set WANDB_MODE=offline"):
         experiment.run(experiment.build(config))
     assert not (tmp_path / "a").exists()
+
+
+def test_updates_in_the_backward_pass_are_refused_where_they_cannot_be_taken_back():
+    in_backward = lambda how, **more: RunConfig(optimizer=OptimizerConfig(in_backward=how), **more)
+    with pytest.raises(ConfigError, match="no gradients to add up: memory.accumulation must be 1, but got 2"):
+        in_backward("two_sweeps", memory=MemoryConfig(accumulation=2))
+    with pytest.raises(ConfigError, match="before training.spike_sigmas can refuse the update.*in_backward=two_sweeps"):
+        in_backward("one_sweep", training=TrainingConfig(spike_sigmas=6.0))
+    with pytest.raises(ConfigError, match="before model.dtype=float16 can refuse"):
+        in_backward("one_sweep", model=DecoderConfig(dtype="float16"))
+    in_backward("two_sweeps", training=TrainingConfig(spike_sigmas=6.0))

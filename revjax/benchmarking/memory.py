@@ -15,12 +15,13 @@ from ..memory import activation_memory, residual_stack, temp_bytes
 from ..models import Decoder, DecoderConfig, value_and_grad
 from ..nn import flash_attention
 from ..training import (
+    InBackward,
     OptimizerConfig,
     init_state,
     make_optimizer,
     make_schedule,
     make_train_step,
-    split,
+    split_abstract,
     step_compiler_options,
 )
 
@@ -80,6 +81,8 @@ def memory(config: MemoryConfig) -> dict[str, int | str]:
 class TrainStepConfig(MemoryConfig):
     """The whole training step of a decoder: gradient, clipping, AdamW, in place of the old state."""
 
+    in_backward: InBackward | None = None  # update layers in the backward pass
+
 
 def train_step(config: TrainStepConfig) -> dict[str, int | str]:
     """Temporary bytes of the step, beside those of the gradient alone and of one copy of the parameters.
@@ -88,7 +91,7 @@ def train_step(config: TrainStepConfig) -> dict[str, int | str]:
     room of its results, which in the step are temporary.
     """
     shape = (config.batch_size, config.sequence_length)
-    temporary, num_params = step_temp_bytes(config.decoder(), *shape)
+    temporary, num_params = step_temp_bytes(config.decoder(), *shape, in_backward=config.in_backward)
     return dataclasses.asdict(config) | {
         "temporary": temporary,
         "gradient": activation_memory(config.decoder(), *shape)["reversible"],
@@ -97,10 +100,14 @@ def train_step(config: TrainStepConfig) -> dict[str, int | str]:
 
 
 def step_temp_bytes(
-    decoder: DecoderConfig, batch_size: int, sequence_length: int, plan: str = "nothing"
+    decoder: DecoderConfig,
+    batch_size: int,
+    sequence_length: int,
+    plan: str = "nothing",
+    in_backward: InBackward | None = None,
 ) -> tuple[int, int]:
     """Temporary bytes of a compiled training step with AdamW, and how many parameters it has."""
-    skeleton, params = split(nnx.eval_shape(lambda: Decoder(decoder, plan=plan, rngs=nnx.Rngs(0))))
+    skeleton, params = split_abstract(lambda: Decoder(decoder, plan=plan, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
     rows = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32)
@@ -108,7 +115,8 @@ def step_temp_bytes(
     def loss(model, rows, key):
         return model.loss(rows[:, :-1], rows[:, 1:], rows[:, 1:] > 0, key=key)  # weights are known when it runs
 
-    step, options = make_train_step(skeleton, loss, optimizer), step_compiler_options(jax.default_backend())
+    step = make_train_step(skeleton, loss, optimizer, in_backward=in_backward)
+    options = step_compiler_options(jax.default_backend())
     found = temp_bytes(step, state, rows, donate_argnums=0, compiler_options=options)
     return found, sum(p.size for p in jax.tree.leaves(params))
 

@@ -61,7 +61,10 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
     "train-step": (
         train_step,
         [
-            TrainStepConfig(num_layers=n, d_model=512, sequence_length=2048, batch_size=1, vocab_size=32_000)
+            TrainStepConfig(
+                num_layers=n, d_model=512, sequence_length=2048, batch_size=1, vocab_size=32_000, in_backward=how
+            )
+            for how in (None, "one_sweep", "two_sweeps")
             for n in (12, 48)
         ],
     ),
@@ -138,7 +141,7 @@ ABOUT = {
     "families": "rows rebuilt wrong while pretrained families are tuned, at 24 layers (ten minutes)",
     "gradients": "gradients against stored activations, for six couplings in two dtypes (ten minutes)",
     "attention": "bytes of blockwise attention at three lengths (a minute)",
-    "train-step": "bytes of the whole training step, with the optimizer's (two minutes)",
+    "train-step": "bytes of the whole training step, also with updates in the backward pass (four minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
     "context": "bytes of the gradient beside jax.checkpoint and stored, by the length of the context (two minutes)",
     "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",

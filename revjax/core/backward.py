@@ -6,7 +6,6 @@
 How x[l] is come by is the plan's answer: inverted, computed again from a keyframe, or stored.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -18,22 +17,20 @@ from .chunks import ChunkedFunction
 from .layers import Layers, by_f
 from .pin import opaque_zero, pinned
 from .plan import All, Inputs, Reverse
-from .trace import Function, is_float, partition
+from .sink import Gradients
+from .trace import Function, is_float
 from .varying import vary_alike
 
 PyTree = Any
 
 
-def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents: dict, sums: tuple | None = None):
-    """Returns the gradients of (params, context, closures), those of the streams, and (N,) rows rebuilt wrong.
-
-    With `sums`, arrays like the parameters, these come back with the gradients of the parameters added to them.
-    """
+def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents: dict, sink: Gradients):
+    """Returns the totals of the parameters' gradients (see `sink`), the gradients of (context, closures) and of the
+    streams, and (N,) rows rebuilt wrong."""
     params, context, closures = diff
-    put = _put if sums is None else _add_at
     dstreams, streams = cotangents["streams"], None
     dcontext, dclosures = _zeros(context, like=dstreams), _zeros(closures, like=dstreams)
-    dparams: list[Any] = [None] * len(params) if sums is None else list(sums)
+    totals_of: list[Any] = [None] * len(params)
     dclosures, wrong = list(dclosures), []
     for i in reversed(range(len(layers.pieces))):
         piece = layers.pieces[i]
@@ -44,28 +41,28 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
         daux_L = cotangents["aux"][i]
         streams = kept[i].get("end", streams)
         dcarry = (dstreams, dcontext, dclosures[i][replay])
-        totals = dparams[piece.run]
+        totals = totals_of[piece.run]
         if totals is None:
-            totals = zeros_once_known(partition(params[piece.run])[0], dstreams[1])
+            totals = sink.start(piece.run, params[piece.run], dstreams[1])
         if isinstance(plan, Reverse):
             ((streams, dcarry), totals), wrong_of_fns = _invert_run(
-                layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L, put
+                layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L, sink
             )
         elif isinstance(plan, Inputs):
             start = kept[i]["start"]
             (dcarry, totals), wrong_of_fns = _recompute_run(
-                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, put, plan.every
+                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, sink, plan.every
             )
         else:
-            (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L, put)
+            (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L, sink)
         dstreams, dcontext, dclosure = dcarry
         dclosures[i] = (dclosures[i][0], dclosure) if replay else (dclosure, dclosures[i][1])
-        dparams[piece.run] = totals
+        totals_of[piece.run] = totals
         wrong.append(jnp.sum(by_f(wrong_of_fns).reshape(layers.num_fns(i), -1), axis=1))
-    return (tuple(dparams), dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong[::-1])
+    return tuple(totals_of), (dcontext, tuple(dclosures)), dstreams, jnp.concatenate(wrong[::-1])
 
 
-def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, put):
+def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, sink: Gradients):
     """Rebuilds x[l-1] from x[l] and x[l+1]; one evaluation of f serves the inverse and the gradient."""
 
     def invert(carry, inputs, daux, fn, closure):
@@ -85,7 +82,7 @@ def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, put):
         return ((q_prev, q), dcarry), (dparams, _wrong(layers, q_prev, inputs["sum"]))
 
     xs_L, length = (inputs_L, daux_L), layers.pieces[i].length
-    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, xs_L, length, put)
+    return _reverse_scan(layers, layers.replays[i], shared, invert, carry, xs_L, length, sink)
 
 
 def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, unstep, dcarry, inputs):
@@ -99,19 +96,20 @@ def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, u
     return unstep(jax.lax.optimization_barrier(fx)), dcarry, dparams
 
 
-def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, put):
+def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, sink: Gradients):
     """Every activation was stored."""
     read = lambda dcarry, inputs, daux, fn, closure: _read(layers, shared, dcarry, inputs, daux, fn, closure)
-    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.pieces[i].length, put)
+    return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.pieces[i].length, sink)
 
 
-def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, put, every: int):
+def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, sink: Gradients, every: int):
     """From each keyframe: `every` layers forward, storing their activations, and back."""
     fns = layers.replays[i]
 
     def segment(carry, segment_inputs):
         streams, inputs_L, daux_L = segment_inputs
-        again = lambda streams, inputs: forward.period(layers, fns, shared, streams, inputs, vjps=True)
+        current = _current(shared, sink, carry[1])
+        again = lambda streams, inputs: forward.period(layers, fns, current, streams, inputs, vjps=True)
         _, outs = jax.lax.scan(again, streams, inputs_L, length=every)
         inputs_L = tuple(x | {"vjp": o["vjp"], "again": o["end_sum"]} for x, o in zip(inputs_L, outs, strict=True))
 
@@ -119,7 +117,7 @@ def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_
             dcarry, (dparams, _) = _read(layers, shared, dcarry, inputs, daux, fn, closure)
             return dcarry, (dparams, _differ(inputs["again"], inputs["end_sum"]))
 
-        return _reverse_scan(layers, fns, shared, read, carry, (inputs_L, daux_L), every, put)
+        return _reverse_scan(layers, fns, shared, read, carry, (inputs_L, daux_L), every, sink)
 
     xs = (start, *forward.in_segments((inputs_L, daux_L), every))
     carry, wrong = jax.lax.scan(segment, carry, xs, reverse=True, length=layers.pieces[i].length // every)
@@ -135,33 +133,29 @@ def _read(layers: Layers, shared, dcarry, inputs, daux, fn: Function, closure):
     return dcarry, (dparams, jnp.zeros(()))
 
 
-def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int, put):
+def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int, sink: Gradients):
     """Undoes each period, last f first.
 
-    The carry is that of `undo`, and the gradients of the whole run's parameters, into which each layer puts its own.
+    The carry is that of `undo`, and the totals of the run, into which each layer puts its gradients.
     Returns the carry, and for each f of a period how many rows were rebuilt wrong (L, ...).
     """
 
     def unlayer(carry, xs):
-        (carry, totals), wrong = carry, []
-        totals, (inputs, daux) = list(totals), xs
-        steps = zip(fns, shared["closures"], forward.with_params(shared, inputs), daux, strict=True)
+        (carry, totals), (inputs, daux), wrong = carry, xs, []
+        inputs = forward.with_params(_current(shared, sink, totals), inputs)
+        steps = zip(fns, shared["closures"], inputs, daux, strict=True)
         for j, (fn, closure, inputs, daux) in reversed(list(enumerate(steps))):
             carry, (dparams, wrong_rows) = undo(carry, inputs, daux, fn, closure)
-            totals[j] = jax.tree.map(functools.partial(put, inputs["layer"]), totals[j], dparams)
+            totals = sink.saw(sink.put(totals, j, inputs["layer"], dparams), wrong_rows)
             wrong.append(wrong_rows)
-        return (carry, tuple(totals)), tuple(wrong[::-1])
+        return (carry, totals), tuple(wrong[::-1])
 
     return jax.lax.scan(unlayer, carry, xs_L, reverse=True, length=length)
 
 
-def _put(i: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), i, 0)
-
-
-def _add_at(i: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
-    there = jax.lax.dynamic_index_in_dim(whole, i, 0, keepdims=False)
-    return _put(i, whole, there + part.astype(whole.dtype))
+def _current(shared: dict, sink: Gradients, totals) -> dict:
+    """What every layer gets, with the parameters of the layers that are still to come."""
+    return shared | {"params": sink.params(totals, shared["params"])}
 
 
 def _pull(layers: Layers, fn: Function, args, leaves, step_vjp, dcarry, daux, zero):
@@ -198,16 +192,6 @@ def _wrong(layers: Layers, q, forward_sum) -> jax.Array:
 
 def _differ(sums, forward_sums) -> jax.Array:
     return jnp.zeros(()) if forward_sums is None else (sums != forward_sums).astype(jnp.float32)
-
-
-def zeros_once_known(tree: PyTree, x: jax.Array) -> PyTree:
-    """Zeros like the arrays of a tree, which XLA cannot make before x, a float, is there.
-
-    Zeros of nothing it would make before the forward pass, and have them all the while.
-    """
-    bits = jax.lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
-    zero = jnp.minimum(bits & 1, 0)
-    return jax.tree.map(lambda a: jnp.broadcast_to(zero.astype(a.dtype), a.shape), tree)
 
 
 def _zeros(tree: PyTree, like: PyTree) -> PyTree:

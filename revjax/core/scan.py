@@ -35,6 +35,7 @@ from .guard import (
 )
 from .layers import Layers, Run, as_runs, pieces_of
 from .plan import Plan, Reverse, for_runs
+from .sink import Gradients, Sums, Updates
 from .streams import Exact, FixedPoint, Float
 from .trace import combine, is_float, partition
 from .varying import vary_alike
@@ -92,6 +93,8 @@ def reversible_scan(
     context: PyTree = None,
     canary: jax.Array | None = None,
     grad_sums: Sequence[PyTree] | None = None,
+    update: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
+    update_state: Sequence[Sequence[PyTree]] | None = None,
     exact: bool = True,
     fraction_bits: int = 16,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
@@ -118,6 +121,11 @@ def reversible_scan(
       grad_sums: for each run, arrays like the floats of its `params_L`, to which the gradients of these are added
         where they are: its gradient is itself plus those, which are then told to be 0. For sums over micro-batches,
         without a second array for the gradients of one. Not where gradients are summed (see `canary`).
+      update: `update(params, state, grads) -> (params, state)` for one f of one layer, which the backward pass calls as
+        soon as it has the gradients, so that they never exist as a whole. Then the gradients of `params_L` and of
+        `update_state` are their new values. Nothing is updated by gradients that are known to be wrong (unsafe, or
+        after a stream that was not rebuilt to the bit). Not where gradients are summed.
+      update_state: for each run, for each f, floats with a leading axis of repeats (the optimizer's moments, say).
       exact: int32 fixed-point streams. False: float streams in the dtype of x, whose inverse drifts.
       fraction_bits: the grid of the exact streams, 2**-fraction_bits.
       constrain: applied to every stream, rebuilt ones and their cotangents too
@@ -143,34 +151,42 @@ def reversible_scan(
         raise ValueError(f"canary must have shape ({num_fns}, 3), one row for each f, but got {canary.shape}.")
     canary = vary_alike(canary, like=streams)
     grad_sums = None if grad_sums is None else _like_params(tuple(grad_sums), diff[0])
+    if update is not None:
+        if grad_sums is not None or update_state is None:
+            raise ValueError("update needs update_state, and goes without grad_sums.")
+        update_state = tuple(tuple(states) for states in update_state)
+    given: Any = grad_sums if update is None else update_state
     if problem.has_cache:
         diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
         return _result(forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0], problem)
 
     @jax.custom_vjp
-    def core(diff, streams, rest, canary, grad_sums):
+    def core(diff, streams, rest, canary, given):
         return forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0]
 
-    def core_fwd(diff, streams, rest, canary, grad_sums):
+    def core_fwd(diff, streams, rest, canary, given):
         out, kept = forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=True)
         corner = jax.tree.map(lambda x: x[(0,) * x.ndim], streams)  # a float of x: what is kept of it are integers
         # what is kept: see forward.run
-        return out, (diff, rest, kept, out["unsafe"], out["max_abs"], corner, grad_sums)
+        return out, (diff, rest, kept, out["unsafe"], out["max_abs"], corner, given)
 
     def core_bwd(residuals, cotangents):
-        diff, rest, kept, unsafe, max_abs, corner, grad_sums = residuals
+        diff, rest, kept, unsafe, max_abs, corner, given = residuals
         diff, cotangents, _ = refuse_gradient((diff, cotangents, corner), FIRST_ORDER_ONLY)
-        ddiff, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents, grad_sums)
-        sums = None
-        if grad_sums is not None:
-            sums, ddiff = ddiff[0], (jax.tree.map(jnp.zeros_like, diff[0]), *ddiff[1:])
+        if given is None:
+            sink = Gradients()
+        else:
+            sink = Sums(given) if update is None else Updates(update, given, jnp.sum(unsafe))
+        totals, dothers, dstreams, wrong = backward.run(layers, combine(diff, rest[0]), rest[1], kept, cotangents, sink)
+        dparams, dgiven = sink.results(totals, diff[0])
+        ddiff = (dparams, *dothers)
         ddiff = jax.tree.map(lambda d, a: d.astype(a.dtype), partition(ddiff)[0], diff)
         dstreams = jax.tree.map(lambda d, a: d.astype(a.dtype), dstreams, problem.streams)
-        return ddiff, dstreams, None, jnp.stack([wrong, jnp.sum(unsafe, 1), jnp.max(max_abs, 1)], axis=1), sums
+        return ddiff, dstreams, None, jnp.stack([wrong, jnp.sum(unsafe, 1), jnp.max(max_abs, 1)], axis=1), dgiven
 
     core.defvjp(core_fwd, core_bwd)
     try:
-        out = core(diff, streams, rest, canary, grad_sums)
+        out = core(diff, streams, rest, canary, given)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

@@ -68,7 +68,8 @@ def _changes(config: RunConfig, shapes: TrainState) -> Iterator[tuple[str, RunCo
         if keeps(name, model.run_lengths) != keeps(memory.plan, model.run_lengths):
             yield f"--memory.plan={name}", _with(config, memory={"plan": name}), 0
     rows = config.data.batch_size
-    more = next((n for n in range(memory.accumulation + 1, rows + 1) if rows % n == 0), None)
+    most = rows if config.optimizer.in_backward is None else 1
+    more = next((n for n in range(memory.accumulation + 1, most + 1) if rows % n == 0), None)
     if more is not None:
         yield f"--memory.accumulation={more}", _with(config, memory={"accumulation": more}), 0
     for tile in tiles(config, rows * config.data.sequence_length // memory.accumulation)[1:2]:

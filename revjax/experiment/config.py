@@ -105,12 +105,27 @@ class RunConfig:
                 f"memory.accumulation must divide data.batch_size, but got {self.memory.accumulation} and "
                 f"{self.data.batch_size}."
             )
+        if self.optimizer.in_backward is not None:
+            self._check_in_backward(self.optimizer.in_backward)
         if not self.memory.is_open:
             self._check_plan()
         if self.model.positions == "learned" and self.model.max_length < self.data.sequence_length:
             raise ConfigError(
                 f"Learned positions end at model.max_length={self.model.max_length}, but data.sequence_length is "
                 f"{self.data.sequence_length}. Set --model.max_length={self.data.sequence_length}."
+            )
+
+    def _check_in_backward(self, how: str) -> None:
+        if self.memory.accumulation > 1:
+            raise ConfigError(
+                f"optimizer.in_backward={how} has no gradients to add up: memory.accumulation must be 1, but got "
+                f"{self.memory.accumulation}."
+            )
+        known_late = "training.spike_sigmas" if self.training.spike_sigmas is not None else "model.dtype=float16"
+        if how == "one_sweep" and (self.training.spike_sigmas is not None or self.model.dtype == "float16"):
+            raise ConfigError(
+                f"optimizer.in_backward=one_sweep has updated layers before {known_late} can refuse the update. Set "
+                "--optimizer.in_backward=two_sweeps."
             )
 
     def _check_plan(self) -> None:

@@ -181,7 +181,8 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
     shapes = Program.of(with_plan(levels[0]), devices).shapes
     plans = levels + _in_parts(levels, config.model.run_lengths)
     rows, length = config.data.batch_size // devices.count, config.data.sequence_length
-    for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
+    most = 1 if config.optimizer.in_backward is not None else rows
+    for accumulation in (n for n in range(1, most + 1) if rows % n == 0):
         for loss_tile in tiles(config, rows * length // accumulation):
             for mlp_chunk in chunks(config):
                 for name in plans:
@@ -192,6 +193,7 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
 
 def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: str | None = None) -> Cost:
     """What a step of `config` costs on one device, as counted by hand. `shapes` are those of its state."""
+    in_backward = config.optimizer.in_backward is not None
     return step_cost(
         config.model,
         config.data.batch_size // devices.count,
@@ -199,6 +201,7 @@ def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: s
         plan=config.memory.plan,
         accumulation=config.memory.accumulation,
         num_params=sum(on_device(x) for x in jax.tree.leaves(shapes.params)),
+        num_updated=sum(on_device(x) for x in jax.tree.leaves(shapes.params["stack"])) if in_backward else 0,
         num_frozen=sum(on_device(x) for x in jax.tree.leaves(shapes.frozen)),
         state_bytes=sum(on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
         balance=None if hardware is None else known_hardware(hardware).balance,

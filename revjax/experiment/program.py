@@ -87,6 +87,7 @@ class Program:
             accumulation=config.memory.accumulation,
             ema_decay=training.ema_decay,
             spike_sigmas=training.spike_sigmas,
+            in_backward=config.optimizer.in_backward,
         )
         batch = devices.shapes_of_batch(
             batch_shapes(

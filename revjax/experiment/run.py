@@ -123,11 +123,12 @@ def _work(experiment: Experiment) -> Work:
     config = experiment.config
     tokens, length = config.tokens_per_step, config.data.sequence_length
     peak = config.training.peak_flops or peak_flops(jax.devices()[0].device_kind, config.model.dtype)
+    sweeps = 2 if config.optimizer.in_backward == "two_sweeps" else 1
     return Work(
         tokens,
         bytes_per_token=experiment.corpus.bytes_per_token,
         model_flops=tokens * flops_per_token(config.model, length),
-        hardware_flops=tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
+        hardware_flops=sweeps * tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
         peak_flops=peak and peak * experiment.devices.count,
     )
 

@@ -65,6 +65,7 @@ def step_cost(
     accumulation: int = 1,
     num_params: int,
     num_frozen: int = 0,
+    num_updated: int = 0,
     state_bytes: int,
     balance: float | None = None,
 ) -> Cost:
@@ -72,6 +73,7 @@ def step_cost(
 
     Args:
       num_params, num_frozen: parameters that are trained, and that are not.
+      num_updated: of those that are trained, how many are updated in the backward pass, without gradients of all.
       state_bytes: of all of them, with the optimizer's arrays.
       balance: FLOPs that the device does in the time that a byte takes; None: as of the devices that are here.
     """
@@ -80,22 +82,24 @@ def step_cost(
     parts = kept_layers(config, plan)
     kept_of_parts = [_kept(sizes, keep, num_layers) for num_layers, keep in parts]
     width = jnp.dtype(config.param_dtype).itemsize if config.lora is None else 4  # adapters are in fp32
-    gradients, sums = width * num_params, 0
+    gradients, sums = width * (num_params - num_updated), 0
     if accumulation > 1:  # in fp32, and beside them the gradients of one micro-batch, but for those of layers
         tables = 0 if config.lora is not None else 1 if config.tie_embeddings else 2
         sums = 4 * num_params
         gradients = sums + 4 * config.vocab_size * config.d_model * tables
     kept = sum(kept_of_parts)
+    # Where the MLP of a layer is updated, its gradients, moments, and what becomes of them and of it.
+    changing = 5 * 4 * sizes.mlp_kernels if num_updated else 0
     moments = {
         "loss": kept + sums + _loss(sizes),
         "attention": 0,
         "MLP": 0,
-        "update": width * num_params + sizes.largest_layer_parameter,
+        "update": width * (num_params - num_updated) + sizes.largest_layer_parameter,
     }
     for i, (_, keep) in enumerate(parts):  # those after it are done, and what they kept is free
         there = sum(kept_of_parts[: i + 1]) + gradients
         moments["attention"] = max(moments["attention"], there + _attention(sizes, _manner(keep)))
-        moments["MLP"] = max(moments["MLP"], there + _mlp(sizes, _manner(keep)))
+        moments["MLP"] = max(moments["MLP"], there + changing + _mlp(sizes, _manner(keep)))
     flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params, num_frozen)
     balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
     moves = _MOVES.get(jax.default_backend(), _DEFAULT_MOVES)

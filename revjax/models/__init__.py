@@ -14,6 +14,7 @@ from .gradients import Report as Report
 from .gradients import stacks_of as stacks_of
 from .gradients import value_and_add_grad as value_and_add_grad
 from .gradients import value_and_grad as value_and_grad
+from .gradients import value_and_update as value_and_update
 from .lora import Frozen as Frozen
 from .lora import LoRAConfig as LoRAConfig
 from .lora import add_adapters as add_adapters

@@ -172,17 +172,60 @@ def value_and_add_grad(loss_fn: Callable, *, has_aux: bool = False) -> Callable:
     return with_report
 
 
+def value_and_update(loss_fn: Callable, update: Callable, *, has_aux: bool = False) -> Callable:
+    """As `value_and_grad`, and updates layers of stacks in the backward pass: their gradients never exist as a whole.
+
+    Returns a function of `(model, states, *args, **kwargs)` that returns `((value, report), grads, layers, states)`:
+    `grads` of the parameters that stand in no stack, and `layers`, the new values of those that do, each an
+    `nnx.State`. XLA needs no second array for them where their old values are donated to the jitted function (on CPU
+    with the compiler options of `revjax.training.step_compiler_options`).
+
+    Args:
+      update: `update(params, state, grads) -> (params, state)` for one branch of one layer. No layer is updated by
+        gradients that are known to be wrong: where `report.unsafe` is not 0, or below one that was not rebuilt.
+      states: for each stack that stands in no other one, by its path (`stacks_of`), for each of its runs, for each
+        branch of a period, a pytree of floats with a leading axis of repeats.
+
+    Raises:
+      ValueError: the loss calls a stack twice, or in a loop or under another transformation.
+      TypeError: the loss reads parameters of layers otherwise than by calling the stack (a penalty on them, say).
+    """
+
+    def with_report(model: nnx.Module, states: dict[str, Any], *args, **kwargs):
+        _refuse_other_than_module(model)
+        of_layers = nnx.All(nnx.Param, _in_layers(model))
+        graphdef, canaries, layers, params, rest = nnx.split(model, Canary, of_layers, nnx.Param, ...)
+
+        def pure(layers, params, canaries, states):
+            elsewhere = jax.tree.map(_refuse_cotangent, layers)
+            merged = nnx.merge(graphdef, canaries, elsewhere, params, rest, copy=True)
+            for path, stack in _outermost_stacks(merged).items():
+                stack.update = nnx.static(update)
+                stack.updated = nnx.data((_leaves_of_runs(layers, path, stack), states[".".join(map(str, path))]))
+            return _call(loss_fn, merged, *args, **kwargs)
+
+        gradient = jax.value_and_grad(pure, argnums=(0, 1, 2, 3), has_aux=has_aux)
+        try:
+            value, (layers, grads, dcanaries, states) = gradient(layers, params, canaries, states)
+        except (CalledAgainError, errors.TraceContextError):
+            raise ValueError(
+                "The layers of a stack can be updated in the backward pass only where the loss calls the stack once, "
+                "and not in a loop or under another transformation. Use value_and_grad."
+            ) from None
+        return (value, _report(dcanaries)), grads, layers, states
+
+    return with_report
+
+
 def _added_in_place(loss_fn, has_aux, model, sums, *args, **kwargs):
-    paths = list(_outermost_stacks(model))
-    of_layers = lambda path, _: any(path[: len(stack) + 1] == (*stack, "runs") for stack in paths)
+    of_layers = _in_layers(model)
     graphdef, canaries, layers, params, rest = nnx.split(model, Canary, nnx.All(nnx.Param, of_layers), nnx.Param, ...)
     sums_of_layers, sums_of_params = nnx.split_state(sums, of_layers, ...)
 
     def pure(layers, params, canaries, sums_of_layers):
         merged = nnx.merge(graphdef, canaries, layers, params, rest, copy=True)
         for path, stack in _outermost_stacks(merged).items():
-            runs = functools.reduce(operator.getitem, (*path, "runs"), sums_of_layers)
-            stack.grad_sums = nnx.data(tuple(jax.tree.leaves(runs[i]) for i in range(len(stack.runs))))
+            stack.grad_sums = nnx.data(_leaves_of_runs(sums_of_layers, path, stack))
         return _call(loss_fn, merged, *args, **kwargs)
 
     given = layers, params, canaries, sums_of_layers
@@ -191,6 +234,33 @@ def _added_in_place(loss_fn, has_aux, model, sums, *args, **kwargs):
     new_sums = jax.tree.map(_add, new_sums, dlayers)  # 0, but for what the loss does with them beside
     new_params = jax.tree.map(_add, sums_of_params, dparams)
     return (value, _report(dcanaries)), nnx.merge_state(new_sums, new_params)
+
+
+def _in_layers(model: nnx.Module) -> Callable:
+    """The filter of what stands in the layers of a stack."""
+    paths = list(_outermost_stacks(model))
+    return lambda path, x: any(path[: len(p) + 1] == (*p, "runs") for p in paths)
+
+
+@jax.custom_vjp
+def _refuse_cotangent(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _refuse(_, dx):
+    raise TypeError(
+        "The loss differentiates parameters of a stack's layers otherwise than by calling the stack, but they are "
+        "updated in the backward pass. Use value_and_grad."
+    )
+
+
+_refuse_cotangent.defvjp(lambda x: (x, None), _refuse)
+
+
+def _leaves_of_runs(layers: nnx.State, path: tuple, stack: ReversibleStack) -> tuple[list[jax.Array], ...]:
+    """For each run of the stack at `path`, its arrays."""
+    runs = functools.reduce(operator.getitem, (*path, "runs"), layers)
+    return tuple(jax.tree.leaves(runs[i]) for i in range(len(stack.runs)))
 
 
 def _outermost_stacks(model: nnx.Module) -> dict[tuple, ReversibleStack]:

@@ -8,6 +8,7 @@ Blocks hold no randomness and change no state: the stack hands each branch a PRN
 from one key by its place, and the backward pass replays it.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ class Canary(nnx.Variable):
 
 
 class CalledAgainError(Exception):
-    """A stack that was given sums for its gradients is called more than once."""
+    """A stack that was told where its gradients go is called more than once."""
 
 
 class ReversibleStack(nnx.Module):
@@ -80,6 +81,8 @@ class ReversibleStack(nnx.Module):
     """
 
     grad_sums: Any = None  # what the next call adds its parameters' gradients to: see `value_and_add_grad`
+    update: Any = None  # what the next call's backward pass does with parameters: see `value_and_update`
+    updated: Any = None  # those parameters, for each run, and a state beside them
 
     def __init__(
         self,
@@ -190,19 +193,24 @@ class ReversibleStack(nnx.Module):
         evaluated = self.coupling.reversible and not given["coupling"].reversible
         if plan is None:  # an ensemble that is evaluated is an ordinary network, without an inverse
             plan = "inputs" if evaluated and self.reverses else self.plan
-        sums = self._take_grad_sums(given["runs"])
-        return reversible_scan(**given, plan=plan, canary=self.canary[...], grad_sums=sums, constrain=self.constrain)
+        given |= self._take_sums_or_update(given["runs"])
+        return reversible_scan(**given, plan=plan, canary=self.canary[...], constrain=self.constrain)
 
-    def _take_grad_sums(self, runs: Sequence[Run]) -> list[PyTree] | None:
+    def _take_sums_or_update(self, runs: Sequence[Run]) -> dict[str, Any]:
         """They are for one call only, and for one where they were given: in a loop nnx refuses the assignment."""
+        if self.update is not None:
+            updated, self.updated = self.updated, nnx.data(())
+            if not updated:
+                raise CalledAgainError
+            params, states = updated
+            runs = [dataclasses.replace(run, params_L=p) for run, p in zip(runs, _like(runs, params), strict=True)]
+            return {"runs": runs, "update": self.update, "update_state": states}
         if self.grad_sums is None:
-            return None
+            return {}
         sums, self.grad_sums = self.grad_sums, nnx.data(())
         if not sums:
             raise CalledAgainError
-        return [
-            jax.tree.unflatten(jax.tree.structure(run.params_L), leaves) for run, leaves in zip(runs, sums, strict=True)
-        ]
+        return {"grad_sums": _like(runs, sums)}
 
     def reconstruction_error(self, x, *, key=None, context=None, coupling=None, **side) -> jax.Array:
         """Runs the stack forward and back: the largest error of the stream before each f, (N,). 0 where exact."""
@@ -240,6 +248,11 @@ class ReversibleStack(nnx.Module):
                 f"No branch of this stack takes {', '.join(unknown)}: name it in the __call__ of the block. "
                 f"Branches take: {', '.join(sorted(known - {...})) or 'x only'}."
             )
+
+
+def _like(runs: Sequence[Run], leaves: Sequence[Sequence[jax.Array]]) -> list[PyTree]:
+    """For each run, its leaves as its parameters have them."""
+    return [jax.tree.unflatten(jax.tree.structure(r.params_L), a) for r, a in zip(runs, leaves, strict=True)]
 
 
 def _make_run(makers: Sequence[MakeBlock], keys: jax.Array) -> tuple[list[nnx.Module], tuple[int, ...]]:

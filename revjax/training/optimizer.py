@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from .norms import clip_by_global_norm
 
 PyTree = Any
+ELEMENTWISE = ("adamw", "lion", "sgd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,9 @@ class OptimizerConfig:
     momentum: float = 0.95  # memory of the mean gradient (muon, sgd)
     eps: float = 1e-8
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # in which mean gradients are kept
+    # Update each layer in the backward pass, so that gradients need next to no memory: one_sweep clips each branch of
+    # each layer by itself; two_sweeps by the norm of all, in twice the time. Null updates after it.
+    in_backward: Literal["one_sweep", "two_sweeps"] | None = None
 
     def __post_init__(self):
         for name in ("learning_rate", "eps"):
@@ -63,6 +67,11 @@ class OptimizerConfig:
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
+        if self.in_backward is not None and self.name not in ELEMENTWISE:
+            raise ValueError(
+                f"in_backward needs an optimizer that treats each element by itself ({', '.join(ELEMENTWISE)}), but "
+                f"got {self.name!r}."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, or null for none, but got {self.clip_norm}.")
 

@@ -53,7 +53,7 @@ class TrainState:
     def from_dict(self, nested: Nested) -> "TrainState":
         """The state that `nested` holds, in the structure of this one."""
         return TrainState(
-            **{f.name: _filled(getattr(self, f.name), nested.get(f.name)) for f in dataclasses.fields(self)}
+            **{f.name: filled(getattr(self, f.name), nested.get(f.name)) for f in dataclasses.fields(self)}
         )
 
 
@@ -68,15 +68,15 @@ class Skeleton:
 
     def merge(self, values: Nested) -> nnx.Module:
         """The module with these parameters, frozen ones too. Works under `jax.jit`, and with abstract arrays."""
-        return nnx.merge(self.graphdef, self.as_state(values), _filled(self.frozen, values), self.rest, copy=True)
+        return nnx.merge(self.graphdef, self.as_state(values), filled(self.frozen, values), self.rest, copy=True)
 
     def as_state(self, nested: Nested) -> nnx.State:
         """What has the structure of the trained parameters (they themselves, gradients) as flax has it."""
-        return _filled(self.params, nested)
+        return filled(self.params, nested)
 
     def divide(self, values: Nested) -> tuple[Nested, Nested]:
         """Of all parameters, those that are trained, and those that are frozen."""
-        return to_nested(self.as_state(values)), to_nested(_filled(self.frozen, values))
+        return to_nested(self.as_state(values)), to_nested(filled(self.frozen, values))
 
     @property
     def abstract(self) -> nnx.Module:
@@ -154,7 +154,7 @@ def to_nested(tree: PyTree) -> PyTree:
     return nested
 
 
-def _filled(like: PyTree, nested: PyTree) -> PyTree:
+def filled(like: PyTree, nested: PyTree) -> PyTree:
     """A pytree with the structure of `like`, and the leaves of what `to_nested` made of one."""
 
     def leaf(path, _):

@@ -9,7 +9,7 @@ update: old and new values are both there, and `jnp.where` takes one of them.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from ..models.gradients import value_and_add_grad, value_and_grad
+from .layer_updates import LayerUpdates
 from .loss_scale import next_loss_scale
 from .norms import KnownNorm, global_norm
 from .spikes import find_spike
@@ -26,6 +27,7 @@ PyTree = Any
 # (sum of losses, sum of weights), and maybe a dict of further sums, which are reported as means.
 Loss = Callable[[nnx.Module, PyTree, jax.Array | None], tuple]
 OnTrouble = Literal["warn", "skip", "rewind", "stop"]
+InBackward = Literal["one_sweep", "two_sweeps"]
 
 
 def make_train_step(
@@ -38,6 +40,7 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float | None = None,
     spike_sigmas: float | None = None,
+    in_backward: InBackward | None = None,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]:
     """Returns `(state, batch) -> (state, metrics)`, for `jax.jit(..., donate_argnums=0)`.
 
@@ -52,6 +55,8 @@ def make_train_step(
         divide the leading axis of every array in the batch. Each micro-batch has a key of its own.
       ema_decay: of the running mean of the parameters, where the state has one.
       spike_sigmas: how far above recent losses one counts as a spike, where the state counts them (see `spikes`).
+      in_backward: update layers of stacks in the backward pass (see `layer_updates`), with an optimizer that treats
+        each element by itself. "one_sweep" cannot take back what it updated: of a spike, say. None: after it.
 
     Metrics are scalars, but for the last: loss (mean), grad_norm (before clipping), param_norm, learning_rate, canary
     (rows not rebuilt to the bit), unsafe (elements that were not finite or overflowed), max_abs (of the streams),
@@ -62,21 +67,17 @@ def make_train_step(
         raise ValueError(f"on_trouble must be 'warn', 'skip', 'rewind' or 'stop', but got {on_trouble!r}.")
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1, but got {accumulation}.")
+    if in_backward is not None and accumulation > 1:
+        raise ValueError("Updates in the backward pass have no gradients to add up: accumulation must be 1.")
+    if in_backward == "one_sweep" and spike_sigmas is not None:
+        raise ValueError("A spike is known after the layers were updated in one sweep: in_backward='two_sweeps'.")
     optimizer = optax.with_extra_args_support(optimizer)
-    sums = _accumulated(_gradient_sums(skeleton, loss), accumulation)
+    if in_backward is None:
+        move = _move_after(_accumulated(_gradient_sums(skeleton, loss), accumulation), optimizer)
+    else:
+        move = _move_in_backward(LayerUpdates(skeleton, loss, optimizer), two_sweeps=in_backward == "two_sweeps")
 
-    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        scale = state.loss_scale.get("scale", 1.0)
-        grads, (total, weight, more), report = sums(state.params, state.frozen, batch, key, scale)
-        weight = jnp.where(weight == 0, 1, weight)
-        # No quotient exists as an array: products with 1 / weight are part of the update, wherever it reads a gradient.
-        # XLA must not begin before the norm is there, so the factor seems to depend on it, which is never below 0.
-        norm = global_norm(grads)
-        factor = jnp.where(norm < 0, norm, 1 / (weight * scale))
-        value, grad_norm = total / weight, norm * factor
-        grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-
+    def judge(state: TrainState, value, grad_norm, report) -> Verdict:
         is_finite, spike, after = jnp.isfinite(grad_norm), jnp.bool(False), {}
         trouble = (report.canary != 0) | (report.unsafe != 0) | ~jnp.isfinite(value)
         if state.loss_scale:  # there, an infinite gradient says that the scale is too large
@@ -87,25 +88,29 @@ def make_train_step(
             spike, after["spikes"] = find_spike(state.spikes, value, spike_sigmas)
             trouble |= spike
         refuse = (trouble & (on_trouble != "warn")) | (~is_finite if state.loss_scale else False)
+        return Verdict(value, grad_norm, trouble, refuse, spike, after)
 
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, known_norm=KnownNorm(grads, grad_norm)
-        )
-        params = optax.apply_updates(state.params, updates)
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        scale = state.loss_scale.get("scale", 1.0)
+        moved = move(state, batch, key, scale, lambda *found: judge(state, *found))
+        params, opt_state, report = moved.params, moved.opt_state, moved.report
+        value, grad_norm, trouble, refuse, spike, after = moved.verdict
         follow = lambda mean, new: mean + (1 - (ema_decay or 0.0)) * (new - mean)
         ema = jax.tree.map(follow, state.ema, params) if state.ema else {}
         keep_old = lambda new, old: jax.tree.map(lambda n, o: jnp.where(refuse, o, n), new, old)
+        keep_moved = (lambda new, old: new) if moved.is_kept else keep_old
         new_state = TrainState(
-            params=keep_old(params, state.params),
+            params=keep_moved(params, state.params),
             frozen=state.frozen,
-            opt_state=keep_old(opt_state, state.opt_state),
+            opt_state=keep_moved(opt_state, state.opt_state),
             ema=keep_old(ema, state.ema),
             step=state.step + 1,
             skipped=state.skipped + refuse,
             key=state.key,
             **({"loss_scale": state.loss_scale, "spikes": state.spikes} | after),
         )
-        metrics = {name: x / weight for name, x in more.items()} | {
+        metrics = moved.means | {
             "loss": value,
             "grad_norm": grad_norm,
             "param_norm": global_norm(new_state.params),
@@ -124,6 +129,81 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+class Verdict(NamedTuple):
+    """What is made of a gradient: the mean loss, its norm, whether it is to be trusted, and the counts that follow."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    trouble: jax.Array
+    refuse: jax.Array
+    spike: jax.Array
+    after: dict[str, Any]
+
+
+class Moved(NamedTuple):
+    """What became of parameters and optimizer, with the means of further sums of the loss.
+
+    `is_kept`: where the verdict refuses, they are the old ones already, as far as they can be.
+    """
+
+    params: Any
+    opt_state: PyTree
+    means: dict[str, jax.Array]
+    report: Any
+    verdict: Verdict
+    is_kept: bool = False
+
+
+def _move_after(sums: Callable, optimizer: optax.GradientTransformationExtraArgs) -> Callable:
+    """The update after the backward pass."""
+
+    def move(state: TrainState, batch, key, scale, judge) -> Moved:
+        grads, (total, weight, more), report = sums(state.params, state.frozen, batch, key, scale)
+        weight = jnp.where(weight == 0, 1, weight)
+        # No quotient exists as an array: products with 1 / weight are part of the update, wherever it reads a gradient.
+        # XLA must not begin before the norm is there, so the factor seems to depend on it, which is never below 0.
+        norm = global_norm(grads)
+        factor = jnp.where(norm < 0, norm, 1 / (weight * scale))
+        value, grad_norm = total / weight, norm * factor
+        grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+        verdict = judge(value, grad_norm, report)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, known_norm=KnownNorm(grads, grad_norm)
+        )
+        params = optax.apply_updates(state.params, updates)
+        return Moved(params, opt_state, {name: x / weight for name, x in more.items()}, report, verdict)
+
+    return move
+
+
+def _move_in_backward(layers: LayerUpdates, *, two_sweeps: bool) -> Callable:
+    """The update of layers in the backward pass, and of the rest after it."""
+
+    def move(state: TrainState, batch, key, scale, judge) -> Moved:
+        values, given = united(state.params, state.frozen), (batch, key, scale)
+        if two_sweeps:
+            first = layers.squares(values, *given)
+            factor, verdict = decide(first, scale, judge)
+            norm, refuse = verdict.grad_norm, verdict.refuse
+            sweep = layers.update(values, state.opt_state, *given, factor, norm, refuse)
+        else:
+            weight, norm = layers.weight(values, batch, key), None
+            factor = 1 / (jnp.where(weight == 0, 1, weight) * scale)
+            sweep = layers.update(values, state.opt_state, *given, factor)
+            factor, verdict = decide(sweep, scale, judge)
+        params, opt_state = layers.finish(sweep, state.params, state.opt_state, factor, norm, verdict.refuse)
+        means = {name: x * factor * scale for name, x in sweep.summed[2].items()}
+        return Moved(params, opt_state, means, sweep.report, verdict, is_kept=True)
+
+    def decide(sweep, scale, judge):
+        total, weight, _ = sweep.summed
+        weight = jnp.where(weight == 0, 1, weight)
+        factor = 1 / (weight * scale)
+        return factor, judge(total / weight, sweep.norm * factor, sweep.report)
+
+    return move
 
 
 def step_compiler_options(backend: str) -> dict[str, bool]:

@@ -51,6 +51,7 @@ def test_exactness_holds_however_the_caller_compiles(compile, wrap):
     assert num_wrong(canary_grad(core.RevNet(), compile=compile, wrap=wrap)) == 0
 
 
+@pytest.mark.slow
 def test_float_streams_are_not_exact():
     """The twin of the tests above: the same stack on float streams comes back wrong."""
     params, x, side = make_problem(96)

@@ -65,7 +65,10 @@ def test_gradients_equal_those_of_plain_jax(coupling, b, h):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["revnet", "momentum", "near-residual-1", "bdia", "h per f"])
+@pytest.mark.parametrize(
+    "name",
+    ["revnet", "near-residual-1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("momentum", "bdia", "h per f"))],
+)
 def test_every_plan_gives_the_same_loss_and_the_same_gradients_to_the_bit(name, dtype):
     """Rebuilt, recomputed or stored: in fp32, and in bf16 with dropout."""
     params, x, side = make_problem(L)

@@ -51,9 +51,9 @@ def test_one_prompt_gives_one_row(model):
     "changes, options",
     [
         ({}, {}),
-        ({"window": 4, "coupling": "near-residual:1"}, {}),
-        ({"positions": "learned", "max_length": 15}, {}),
-        ({}, {"repetition_penalty": 1e6}),
+        pytest.param({"window": 4, "coupling": "near-residual:1"}, {}, marks=pytest.mark.slow),
+        pytest.param({"positions": "learned", "max_length": 15}, {}, marks=pytest.mark.slow),
+        pytest.param({}, {"repetition_penalty": 1e6}, marks=pytest.mark.slow),
     ],
     ids=["rotary", "window", "learned positions", "repetition penalty"],
 )

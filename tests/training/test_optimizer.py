@@ -104,6 +104,7 @@ def decoder_params():
     return split(nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))())[1]
 
 
+@pytest.mark.slow
 def test_muon_makes_the_update_of_every_matrix_in_every_layer_orthogonal(decoder_params):
     keys = iter(jax.random.split(jax.random.key(0), 100))
     grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), decoder_params)

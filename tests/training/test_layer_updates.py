@@ -1,0 +1,146 @@
+"""Layers that are updated in the backward pass go where they go otherwise, and their gradients need no memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from revjax.models import Decoder, DecoderConfig, value_and_grad, value_and_update
+from revjax.training import (
+    OptimizerConfig,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split,
+    split_abstract,
+    step_compiler_options,
+)
+from revjax.training.norms import global_norm
+
+CONFIG = DecoderConfig(  # periods of two kinds of layers, and one that remains
+    d_model=32, num_layers=3, num_heads=2, vocab_size=64, dropout=0.1, layer_pattern=("local", "global"), window=8
+)
+HOW = ("one_sweep", "two_sweeps")
+
+
+def token_loss(model, rows, key):
+    return model.loss(rows[:, :-1], rows[:, 1:], rows[:, 1:] > 3, key=key)
+
+
+def rows(seed):
+    return np.random.default_rng(seed).integers(0, 64, (4, 17)).astype(np.int32)
+
+
+def trained(in_backward, steps, *, config=CONFIG, spoil=lambda params: params, **settings):
+    """The state and the metrics after so many steps, and the state before the last."""
+    skeleton, params = split(Decoder(config, rngs=nnx.Rngs(0)))
+    settings = OptimizerConfig(**{"warmup_steps": 2, "clip_norm": None} | settings)
+    optimizer = make_optimizer(settings, make_schedule(settings, 100))
+    state = init_state(spoil(params), optimizer, jax.random.key(7))
+    step = jax.jit(make_train_step(skeleton, token_loss, optimizer, in_backward=in_backward))
+    before, metrics = state, {}
+    for i in range(steps):
+        before = state
+        state, metrics = step(state, rows(i))
+    return state, metrics, before
+
+
+def same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_first_step_is_the_ordinary_one_to_the_bit(how):
+    (ours, metrics, _), (theirs, expected, _) = trained(how, 1), trained(None, 1)
+    assert same_bits(ours, theirs) and metrics["loss"] == expected["loss"] and metrics["canary"] == 0
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, clip_norm", [("one_sweep", None), ("two_sweeps", None), ("two_sweeps", 0.5)])
+@pytest.mark.parametrize("name", ["sgd", "lion"])
+def test_parameters_follow_as_without(name, how, clip_norm):
+    """To rounding: XLA merges products and sums in one loop that it does not in another."""
+    settings = dict(name=name, clip_norm=clip_norm, moment_dtype="bfloat16" if name == "lion" else "float32")
+    (ours, metrics, _), (theirs, expected, _) = trained(how, 20, **settings), trained(None, 20, **settings)
+    assert int(metrics["skipped"]) == 0 and float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(b))))
+
+
+def test_in_one_sweep_all_together_stay_below_the_largest_norm():
+    settings = dict(name="sgd", momentum=0.0, weight_decay=0.0, learning_rate=1.0, warmup_steps=0, schedule="constant")
+    state, metrics, before = trained("one_sweep", 1, clip_norm=0.1, **settings)
+    moved = float(global_norm(jax.tree.map(jnp.subtract, state.params, before.params)))
+    assert 0.05 < moved <= 0.1 * (1 + 1e-4) < float(metrics["grad_norm"])
+
+
+def overflowing(params):
+    """Embeddings that no stream can hold."""
+    return params | {"embedding": {"table": 1e6 * params["embedding"]["table"]}}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_nothing_moves_by_a_gradient_that_is_known_to_be_wrong(how):
+    state, metrics, before = trained(how, 1, spoil=overflowing)
+    assert metrics["unsafe"] > 0 and metrics["trouble"] and int(metrics["skipped"]) == 1
+    assert same_bits(state.params, before.params) and same_bits(state.opt_state, before.opt_state)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_memory_of_a_step_does_not_grow_with_depth(how):
+    def temporary(num_layers, in_backward=how):
+        config = DecoderConfig(d_model=64, num_layers=num_layers, num_heads=1, vocab_size=64, loss_tile=64)
+        skeleton, params = split_abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 100))
+        state = jax.eval_shape(lambda params: init_state(params, optimizer, jax.random.key(0)), params)
+        step = jax.jit(make_train_step(skeleton, token_loss, optimizer, in_backward=in_backward), donate_argnums=0)
+        lowered = step.lower(state, jax.ShapeDtypeStruct((1, 65), jnp.int32))
+        options = step_compiler_options(jax.default_backend())
+        return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+    assert temporary(32) <= 1.02 * temporary(8)
+    assert temporary(32, None) > 2 * temporary(8, None)
+
+
+def test_what_cannot_be_taken_back_is_refused():
+    skeleton, _ = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(OptimizerConfig(), lambda step: 1e-3)
+    with pytest.raises(ValueError, match="no gradients to add up: accumulation must be 1"):
+        make_train_step(skeleton, token_loss, optimizer, in_backward="two_sweeps", accumulation=2)
+    with pytest.raises(ValueError, match="in_backward='two_sweeps'"):
+        make_train_step(skeleton, token_loss, optimizer, in_backward="one_sweep", spike_sigmas=6.0)
+    with pytest.raises(ValueError, match=r"each element by itself \(adamw, lion, sgd\), but got 'muon'"):
+        OptimizerConfig(name="muon", in_backward="one_sweep")
+
+
+def halve(params, state, grads):
+    return jax.tree.map(lambda p, g: p - 0.125 * g, params, grads), state + 1
+
+
+def test_layers_of_a_module_are_updated_by_a_function_of_ones_own():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    loss = lambda model: jnp.divide(*token_loss(model, rows(0), None))
+    states = {"stack": tuple(tuple(jnp.zeros(n) for _ in run) for run, n in zip(model.stack.runs, model.stack.lengths))}
+    found = jax.jit(value_and_update(loss, halve))(model, states)
+    ((value, report), grads, layers, states), ((expected, _), all_grads) = found, jax.jit(value_and_grad(loss))(model)
+    assert value == expected and report.canary == 0 and all((x == 1).all() for x in jax.tree.leaves(states))
+    old, all_grads = (dict(nnx.to_flat_state(s)) for s in (nnx.state(model, nnx.Param), all_grads))
+    layers, grads = dict(nnx.to_flat_state(layers)), dict(nnx.to_flat_state(grads))
+    assert layers.keys() | grads.keys() == old.keys() and {path[0] for path in layers} == {"stack"}
+    assert all((grads[path][...] == all_grads[path][...]).all() for path in grads)
+    assert all((layers[p][...] == old[p][...] - 0.125 * all_grads[p][...]).all() for p in layers)
+
+
+def test_losses_whose_layers_cannot_be_updated_on_the_way_are_refused():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    loss = lambda model: jnp.divide(*token_loss(model, rows(0), None))
+    states = {"stack": tuple(tuple(jnp.zeros(n) for _ in run) for run, n in zip(model.stack.runs, model.stack.lengths))}
+    penalty = lambda model: sum(jnp.sum(x**2) for x in jax.tree.leaves(nnx.state(model.stack, nnx.Param)))
+    with pytest.raises(TypeError, match="otherwise than by calling the stack"):
+        value_and_update(lambda model: loss(model) + penalty(model), halve)(model, states)
+    with pytest.raises(ValueError, match="only where the loss calls the stack once"):
+        value_and_update(lambda model: loss(model) + loss(model), halve)(model, states)
