@@ -14,12 +14,14 @@ _MARKERS = "osDv^<>P*X"
 
 def plot_frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
     """Writes the picture of the suites "rivals" and "accelerator" to `path`. A line joins the ways that no other beats
-    in both memory and time; what did not fit is left out."""
+    in both memory and time; what did not fit is left out, and shapes of which one way did."""
     panels: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         if row["seconds"] is not None:
             panels.setdefault(tuple(row.get(name, "") for name in _SHAPE), []).append(row)
     panels = {shape: panels[shape] for shape in sorted(panels) if len(panels[shape]) > 1}
+    if not panels:
+        return
     ways = list(dict.fromkeys(row["way"] for row in rows))
     figure = Figure(figsize=(4.6 * len(panels) + 2, 4.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

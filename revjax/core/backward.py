@@ -31,6 +31,7 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
     dstreams, streams = cotangents["streams"], None
     dcontext, dclosures = _zeros(context, like=dstreams), _zeros(closures, like=dstreams)
     totals_of: list[Any] = [None] * len(params)
+    totals: Any = None
     dclosures, wrong = list(dclosures), []
     for i in reversed(range(len(layers.pieces))):
         piece = layers.pieces[i]
@@ -41,9 +42,8 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
         daux_L = cotangents["aux"][i]
         streams = kept[i].get("end", streams)
         dcarry = (dstreams, dcontext, dclosures[i][replay])
-        totals = totals_of[piece.run]
-        if totals is None:
-            totals = sink.start(piece.run, params[piece.run], dstreams[1])
+        if totals_of[piece.run] is None:
+            totals = sink.start(piece.run, params[piece.run], dstreams[1], totals)
         if isinstance(plan, Reverse):
             ((streams, dcarry), totals), wrong_of_fns = _invert_run(
                 layers, i, shared, ((streams, dcarry), totals), inputs_L, daux_L, sink
@@ -112,6 +112,8 @@ def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_
         again = lambda streams, inputs: forward.period(layers, fns, current, streams, inputs, vjps=True)
         _, outs = jax.lax.scan(again, streams, inputs_L, length=every)
         inputs_L = tuple(x | {"vjp": o["vjp"], "again": o["end_sum"]} for x, o in zip(inputs_L, outs, strict=True))
+        wrong = sum((jnp.sum(_differ(x["again"], x["end_sum"])) for x in inputs_L), jnp.zeros(()))
+        carry = (carry[0], sink.saw(carry[1], wrong))
 
         def read(dcarry, inputs, daux, fn, closure):
             dcarry, (dparams, _) = _read(layers, shared, dcarry, inputs, daux, fn, closure)
@@ -146,7 +148,7 @@ def _reverse_scan(layers: Layers, fns, shared, undo, carry, xs_L, length: int, s
         steps = zip(fns, shared["closures"], inputs, daux, strict=True)
         for j, (fn, closure, inputs, daux) in reversed(list(enumerate(steps))):
             carry, (dparams, wrong_rows) = undo(carry, inputs, daux, fn, closure)
-            totals = sink.saw(sink.put(totals, j, inputs["layer"], dparams), wrong_rows)
+            totals = sink.put(sink.saw(totals, wrong_rows), j, inputs["layer"], inputs["params"], dparams)
             wrong.append(wrong_rows)
         return (carry, totals), tuple(wrong[::-1])
 

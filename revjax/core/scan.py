@@ -123,8 +123,9 @@ def reversible_scan(
         without a second array for the gradients of one. Not where gradients are summed (see `canary`).
       update: `update(params, state, grads) -> (params, state)` for one f of one layer, which the backward pass calls as
         soon as it has the gradients, so that they never exist as a whole. Then the gradients of `params_L` and of
-        `update_state` are their new values. Nothing is updated by gradients that are known to be wrong (unsafe, or
-        after a stream that was not rebuilt to the bit). Not where gradients are summed.
+        `update_state` are their new values. Of parameters that stay as they are, it returns None. Nothing is updated
+        where elements were unsafe, nor from the first stream on that was not rebuilt to the bit. Not where gradients
+        are summed.
       update_state: for each run, for each f, floats with a leading axis of repeats (the optimizer's moments, say).
       exact: int32 fixed-point streams. False: float streams in the dtype of x, whose inverse drifts.
       fraction_bits: the grid of the exact streams, 2**-fraction_bits.
@@ -151,10 +152,10 @@ def reversible_scan(
         raise ValueError(f"canary must have shape ({num_fns}, 3), one row for each f, but got {canary.shape}.")
     canary = vary_alike(canary, like=streams)
     grad_sums = None if grad_sums is None else _like_params(tuple(grad_sums), diff[0])
-    if update is not None:
-        if grad_sums is not None or update_state is None:
-            raise ValueError("update needs update_state, and goes without grad_sums.")
-        update_state = tuple(tuple(states) for states in update_state)
+    if update is not None or update_state is not None:
+        if update is None or update_state is None or grad_sums is not None:
+            raise ValueError("update and update_state go together, and without grad_sums.")
+        update_state = _for_updates(update_state, runs)
     given: Any = grad_sums if update is None else update_state
     if problem.has_cache:
         diff, streams = refuse_gradient((diff, streams), CACHE_IS_FORWARD_ONLY)
@@ -258,6 +259,22 @@ def _like_params(grad_sums: tuple, params: tuple) -> tuple:
             f"same structure, but got {jax.tree.map(lambda a: a.shape, grad_sums)}."
         )
     return grad_sums
+
+
+def _for_updates(states: Sequence[Sequence[PyTree]], runs: Run | Sequence[Run]) -> tuple[tuple[PyTree, ...], ...]:
+    runs, states = as_runs(runs), tuple(tuple(of_run) for of_run in states)
+    fits = [len(run.fns) for run in runs] == [len(of_run) for of_run in states] and all(
+        is_float(a) and a.ndim and a.shape[0] == run.length
+        for run, of_run in zip(runs, states, strict=True)
+        for a in jax.tree.leaves(of_run)
+    )
+    if not fits:
+        raise ValueError(
+            "update_state must have, for each run, for each of its functions, a pytree of floats whose leading axis is "
+            f"the number of repeats, {[(len(run.fns), run.length) for run in runs]}, but got "
+            f"{jax.tree.map(lambda a: f'{a.dtype}{list(a.shape)}', states)}."
+        )
+    return states
 
 
 def _start(x, coupling: AbstractCoupling) -> tuple[jax.Array | None, jax.Array]:

@@ -24,16 +24,19 @@ PyTree = Any
 class Gradients:
     """An array of zeros for each parameter's, which does not exist before the backward pass does."""
 
-    def start(self, run: int, params: PyTree, x: jax.Array) -> PyTree:
-        """The totals of a run before its last layer; `x` is a float that only the backward pass knows."""
+    def start(self, run: int, params: PyTree, x: jax.Array, before: PyTree) -> PyTree:
+        """The totals of a run before its last layer.
+
+        `x` is a float that only the backward pass knows; `before`, the totals of the run after it, if there is one.
+        """
         return zeros_once_known(partition(params)[0], x)
 
-    def put(self, totals: PyTree, j: int, layer: jax.Array, grads: PyTree) -> PyTree:
-        """The totals with the gradients of f number j of one layer."""
+    def put(self, totals: PyTree, j: int, layer: jax.Array, params: PyTree, grads: PyTree) -> PyTree:
+        """The totals with the gradients of f number j of one layer, which has these parameters."""
         return _with(totals, j, jax.tree.map(functools.partial(_put, layer), totals[j], grads))
 
     def saw(self, totals: PyTree, wrong: jax.Array) -> PyTree:
-        """Told of each layer how many rows of its stream were rebuilt wrong."""
+        """Told how many rows of a stream were rebuilt wrong, before anything that was computed from it is put."""
         return totals
 
     def params(self, totals: PyTree, params: PyTree) -> PyTree:
@@ -51,10 +54,10 @@ class Sums(Gradients):
 
     sums: Sequence[PyTree]
 
-    def start(self, run, params, x):
+    def start(self, run, params, x, before):
         return self.sums[run]
 
-    def put(self, totals, j, layer, grads):
+    def put(self, totals, j, layer, params, grads):
         return _with(totals, j, jax.tree.map(functools.partial(_add_at, layer), totals[j], grads))
 
     def results(self, totals, floats):
@@ -63,31 +66,35 @@ class Sums(Gradients):
 
 @dataclasses.dataclass(frozen=True)
 class Updates(Gradients):
-    """The parameters of each run and a state beside them, changed in place: totals are (may it, for each f both).
+    """The parameters of each run and a state beside them, changed in place.
 
-    Where `update` returns None for parameters, these stay as they are, and only the state is in the totals.
-    Nothing is changed by a gradient that is known to be wrong: after a stream that was not rebuilt to the bit, or at
-    all where the forward pass was `unsafe`.
+    Totals: (whether updates are allowed, for each f (parameters, state)). Where `update` returns None for parameters,
+    these stay as they are, and None stands in the totals. Nothing is changed where the forward pass was `unsafe`, nor
+    from the first stream on that was not rebuilt to the bit.
     """
 
     update: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
     states: Sequence[Sequence[PyTree]]
     unsafe: jax.Array
 
-    def start(self, run, params, x):
+    def start(self, run, params, x, before):
+        allowed = self.unsafe == 0 if before is None else before[0]
         of_fns = zip(partition(params)[0], self.states[run], strict=True)
-        return self.unsafe == 0, tuple((p if self._moves(p, state) else None, state) for p, state in of_fns)
+        return allowed, tuple((p if self._moves(p, state) else None, state) for p, state in of_fns)
 
     def _moves(self, params, state) -> bool:
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (params, state))
         return jax.eval_shape(self.update, *one, one[0])[0] is not None
 
-    def put(self, totals, j, layer, grads):
-        may, kept = totals
-        old = jax.tree.map(functools.partial(_at, layer), kept[j])
-        params, state = old
-        new = jax.tree.map(lambda n, o: jnp.where(may, n.astype(o.dtype), o), self.update(params, state, grads), old)
-        return may, _with(kept, j, jax.tree.map(functools.partial(_put, layer), kept[j], new))
+    def put(self, totals, j, layer, params, grads):
+        allowed, of_fns = totals
+        params, _ = partition(params)
+        state = jax.tree.map(functools.partial(_at, layer), of_fns[j][1])
+        old = (None if of_fns[j][0] is None else params, state)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)  # as they are in an array of their own
+        new = self.update(params, state, grads)
+        new = jax.tree.map(lambda n, o: jnp.where(allowed, n.astype(o.dtype), o), new, old)
+        return allowed, _with(of_fns, j, jax.tree.map(functools.partial(_put, layer), of_fns[j], new))
 
     def saw(self, totals, wrong):
         return totals[0] & (jnp.sum(wrong) == 0), totals[1]
@@ -97,10 +104,12 @@ class Updates(Gradients):
         return combine(tuple(f if new is None else new for f, (new, _) in zip(floats, totals[1], strict=True)), others)
 
     def results(self, totals, floats):
-        new = tuple(tuple(params for params, _ in kept) for _, kept in totals)
         zeros = jax.tree.map(jnp.zeros_like, floats)
-        dparams = tuple(tuple(z if p is None else p for p, z in zip(*run, strict=True)) for run in zip(new, zeros))
-        return dparams, tuple(tuple(state for _, state in kept) for _, kept in totals)
+        dparams = tuple(
+            tuple(z if p is None else p for (p, _), z in zip(of_fns, of_run, strict=True))
+            for (_, of_fns), of_run in zip(totals, zeros, strict=True)
+        )
+        return dparams, tuple(tuple(state for _, state in of_fns) for _, of_fns in totals)
 
 
 def zeros_once_known(tree: PyTree, x: jax.Array) -> PyTree:

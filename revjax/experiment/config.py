@@ -121,6 +121,11 @@ class RunConfig:
                 f"optimizer.in_backward={how} has no gradients to add up: memory.accumulation must be 1, but got "
                 f"{self.memory.accumulation}."
             )
+        if self.training.on_trouble == "warn":
+            raise ConfigError(
+                f"optimizer.in_backward={how} leaves out updates that are known to be wrong, so training.on_trouble "
+                "cannot be warn. Set --training.on_trouble=skip."
+            )
         known_late = "training.spike_sigmas" if self.training.spike_sigmas is not None else "model.dtype=float16"
         if how == "one_sweep" and (self.training.spike_sigmas is not None or self.model.dtype == "float16"):
             raise ConfigError(

@@ -194,7 +194,7 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
 def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: str | None = None) -> Cost:
     """What a step of `config` costs on one device, as counted by hand. `shapes` are those of its state."""
     in_backward = config.optimizer.in_backward is not None
-    return step_cost(
+    cost = step_cost(
         config.model,
         config.data.batch_size // devices.count,
         config.data.sequence_length,
@@ -206,6 +206,7 @@ def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: s
         state_bytes=sum(on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
         balance=None if hardware is None else known_hardware(hardware).balance,
     )
+    return dataclasses.replace(cost, time=2 * cost.time) if config.optimizer.in_backward == "two_sweeps" else cost
 
 
 def levels_of(config: RunConfig) -> list[str]:

@@ -181,13 +181,14 @@ def value_and_update(loss_fn: Callable, update: Callable, *, has_aux: bool = Fal
     with the compiler options of `revjax.training.step_compiler_options`).
 
     Args:
-      update: `update(params, state, grads) -> (params, state)` for one branch of one layer. No layer is updated by
-        gradients that are known to be wrong: where `report.unsafe` is not 0, or below one that was not rebuilt.
+      update: `update(params, state, grads) -> (params, state)` for one branch of one layer. Of parameters that stay as
+        they are, it returns None. No layer of a stack is updated where elements of its streams were unsafe, nor from
+        the first one on that was not rebuilt to the bit; each stack is judged by itself.
       states: for each stack that stands in no other one, by its path (`stacks_of`), for each of its runs, for each
         branch of a period, a pytree of floats with a leading axis of repeats.
 
     Raises:
-      ValueError: the loss calls a stack twice, or in a loop or under another transformation.
+      ValueError: the loss calls a stack twice, or in a loop or under another transformation, or does not depend on it.
       TypeError: the loss reads parameters of layers otherwise than by calling the stack (a penalty on them, say).
     """
 
@@ -196,12 +197,19 @@ def value_and_update(loss_fn: Callable, update: Callable, *, has_aux: bool = Fal
         of_layers = nnx.All(nnx.Param, _in_layers(model))
         graphdef, canaries, layers, params, rest = nnx.split(model, Canary, of_layers, nnx.Param, ...)
 
+        reached = set()
+
+        def of_stack(name: str, *args):
+            reached.add(name)
+            return update(*args)
+
         def pure(layers, params, canaries, states):
             elsewhere = jax.tree.map(_refuse_cotangent, layers)
             merged = nnx.merge(graphdef, canaries, elsewhere, params, rest, copy=True)
             for path, stack in _outermost_stacks(merged).items():
-                stack.update = nnx.static(update)
-                stack.updated = nnx.data((_leaves_of_runs(layers, path, stack), states[".".join(map(str, path))]))
+                name = ".".join(map(str, path))
+                stack.layer_update = nnx.static(functools.partial(of_stack, name))
+                stack.layers_updated = nnx.data((_leaves_of_runs(layers, path, stack), states[name]))
             return _call(loss_fn, merged, *args, **kwargs)
 
         gradient = jax.value_and_grad(pure, argnums=(0, 1, 2, 3), has_aux=has_aux)
@@ -212,6 +220,11 @@ def value_and_update(loss_fn: Callable, update: Callable, *, has_aux: bool = Fal
                 "The layers of a stack can be updated in the backward pass only where the loss calls the stack once, "
                 "and not in a loop or under another transformation. Use value_and_grad."
             ) from None
+        if missed := states.keys() - reached:
+            raise ValueError(
+                f"The loss does not depend on {', '.join(sorted(missed)) or 'the stack'} (it is not called, or under "
+                "stop_gradient), so its layers cannot be updated in the backward pass. Use value_and_grad."
+            )
         return (value, _report(dcanaries)), grads, layers, states
 
     return with_report

@@ -81,8 +81,8 @@ class ReversibleStack(nnx.Module):
     """
 
     grad_sums: Any = None  # what the next call adds its parameters' gradients to: see `value_and_add_grad`
-    update: Any = None  # what the next call's backward pass does with parameters: see `value_and_update`
-    updated: Any = None  # those parameters, for each run, and a state beside them
+    layer_update: Any = None  # what the next call's backward pass does with parameters: see `value_and_update`
+    layers_updated: Any = None  # those parameters, for each run, and a state beside them
 
     def __init__(
         self,
@@ -198,13 +198,13 @@ class ReversibleStack(nnx.Module):
 
     def _take_sums_or_update(self, runs: Sequence[Run]) -> dict[str, Any]:
         """They are for one call only, and for one where they were given: in a loop nnx refuses the assignment."""
-        if self.update is not None:
-            updated, self.updated = self.updated, nnx.data(())
+        if self.layer_update is not None:
+            updated, self.layers_updated = self.layers_updated, nnx.data(())
             if not updated:
                 raise CalledAgainError
             params, states = updated
             runs = [dataclasses.replace(run, params_L=p) for run, p in zip(runs, _like(runs, params), strict=True)]
-            return {"runs": runs, "update": self.update, "update_state": states}
+            return {"runs": runs, "update": self.layer_update, "update_state": states}
         if self.grad_sums is None:
             return {}
         sums, self.grad_sums = self.grad_sums, nnx.data(())

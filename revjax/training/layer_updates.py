@@ -5,7 +5,8 @@
     two sweeps    a first backward pass only adds up squares, and the second updates, clipped by the norm of all: so
                   nothing is updated by a step that is not to be trusted, and parameters go where they go otherwise
 
-Gradients of layers never exist together. For optimizers that treat each element by itself, but for clipping.
+Gradients of layers never exist together. For optimizers that treat each element by itself, but for
+`norms.clip_by_global_norm`; of what they decide by name, they see names from the layer on.
 """
 
 import math
@@ -18,6 +19,7 @@ import optax
 
 from ..models import stacks_of, value_and_update
 from .norms import KnownNorm
+from .optimizer import is_decayed
 from .state import Nested, Skeleton, filled, to_nested, united
 
 PyTree = Any
@@ -25,7 +27,10 @@ Place = tuple[str, ...]  # where the parameters of a branch stand in nested dict
 
 
 class Sweep(NamedTuple):
-    """What a backward pass brought. The norm is of all gradients, before anything is divided."""
+    """What a backward pass brought.
+
+    The norm is of all gradients, before anything is divided (where the canary is not 0, of those until then).
+    """
 
     summed: tuple  # of losses, of weights, and further ones
     report: Any
@@ -52,7 +57,15 @@ class LayerUpdates:
             ]
             for name, stack in stacks.items()
         }
-        self.groups = 1 + sum(len(stack.names) for stack in stacks.values())
+        params = to_nested(skeleton.params)
+        in_layers = [(p, n) for name, ns in self.lengths.items() for run, n in zip(self.places[name], ns) for p in run]
+        self.groups = 1 + sum(length for place, length in in_layers if _at(params, place))
+        for place, _ in in_layers:
+            if is_decayed(_at(params, place)) != _at(is_decayed(params), place):
+                raise ValueError(
+                    f"Whether parameters in {'.'.join(place)} decay depends on the name of their stack, which an "
+                    "update in the backward pass does not know. Name it without norm, bias, scale, table or embedding."
+                )
 
     def weight(self, values: Nested, batch: PyTree, key: jax.Array) -> jax.Array:
         """The sum of weights. XLA leaves out what the loss computes beside."""
@@ -137,7 +150,8 @@ class LayerUpdates:
             for places, of_run in zip(runs, states[name], strict=True):
                 for place, (of_branch, of_layers) in zip(places, of_run, strict=True):
                     squares += jnp.sum(of_layers)
-                    new_moments = [united(m, _put(place, x)) for m, x in zip(new_moments, of_branch, strict=True)]
+                    if of_branch and of_branch[0]:  # a branch may have nothing to train
+                        new_moments = [united(m, _put(place, x)) for m, x in zip(new_moments, of_branch, strict=True)]
         return Sweep(summed, report, jnp.sqrt(squares), grads, to_nested(layers), new_moments)
 
 
@@ -150,8 +164,8 @@ class _Cut(NamedTuple):
 
     @staticmethod
     def of_params(opt_state: PyTree, params: Nested) -> "_Cut":
-        structure = jax.tree.structure(params)
-        like_params = lambda tree: jax.tree.structure(tree) == structure
+        shapes = jax.tree.map(lambda a: a.shape, params)
+        like_params = lambda tree: isinstance(tree, dict) and jax.tree.map(lambda a: a.shape, tree) == shapes
         leaves, treedef = jax.tree.flatten(opt_state, is_leaf=like_params)
         return _Cut(treedef, leaves, [like_params(leaf) for leaf in leaves])
 
@@ -175,8 +189,9 @@ def _path(name: str) -> list[str]:
 
 
 def _at(nested: Nested, place: Place) -> Nested:
+    """What stands there; nothing where a branch has no parameters."""
     for name in place:
-        nested = nested[name]
+        nested = nested.get(name, {})
     return nested
 
 

@@ -56,7 +56,9 @@ def make_train_step(
       ema_decay: of the running mean of the parameters, where the state has one.
       spike_sigmas: how far above recent losses one counts as a spike, where the state counts them (see `spikes`).
       in_backward: update layers of stacks in the backward pass (see `layer_updates`), with an optimizer that treats
-        each element by itself. "one_sweep" cannot take back what it updated: of a spike, say. None: after it.
+        each element by itself, but for `norms.clip_by_global_norm`. "one_sweep" cannot take back what it updated before
+        something was found to be wrong, so it goes without spikes and loss scales; neither goes with "warn". None:
+        after the backward pass.
 
     Metrics are scalars, but for the last: loss (mean), grad_norm (before clipping), param_norm, learning_rate, canary
     (rows not rebuilt to the bit), unsafe (elements that were not finite or overflowed), max_abs (of the streams),
@@ -69,6 +71,10 @@ def make_train_step(
         raise ValueError(f"accumulation must be at least 1, but got {accumulation}.")
     if in_backward is not None and accumulation > 1:
         raise ValueError("Updates in the backward pass have no gradients to add up: accumulation must be 1.")
+    if in_backward is not None and on_trouble == "warn":
+        raise ValueError(
+            "Updates in the backward pass leave out what is known to be wrong: on_trouble cannot be 'warn'."
+        )
     if in_backward == "one_sweep" and spike_sigmas is not None:
         raise ValueError("A spike is known after the layers were updated in one sweep: in_backward='two_sweeps'.")
     optimizer = optax.with_extra_args_support(optimizer)
@@ -91,6 +97,8 @@ def make_train_step(
         return Verdict(value, grad_norm, trouble, refuse, spike, after)
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        if in_backward == "one_sweep" and state.loss_scale:
+            raise ValueError("A loss scale that is too large is known too late: in_backward='two_sweeps'.")
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         scale = state.loss_scale.get("scale", 1.0)
         moved = move(state, batch, key, scale, lambda *found: judge(state, *found))
@@ -188,6 +196,9 @@ def _move_in_backward(layers: LayerUpdates, *, two_sweeps: bool) -> Callable:
             factor, verdict = decide(first, scale, judge)
             norm, refuse = verdict.grad_norm, verdict.refuse
             sweep = layers.update(values, state.opt_state, *given, factor, norm, refuse)
+            both = jax.tree.map(jnp.maximum, first.report, sweep.report)  # the second may go wrong by itself
+            sweep = sweep._replace(report=both)
+            _, verdict = decide(first._replace(report=both), scale, judge)
         else:
             weight, norm = layers.weight(values, batch, key), None
             factor = 1 / (jnp.where(weight == 0, 1, weight) * scale)

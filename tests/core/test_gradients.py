@@ -1,6 +1,7 @@
 """Gradients are those of the stored run of the same rounded network; every input that has one gets it."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -295,3 +296,51 @@ def test_sums_that_are_not_like_the_parameters_are_an_error():
     for wrong in ([params, params], [params[:1]], [jax.tree.map(lambda a: a[:2], params)]):
         with pytest.raises(ValueError, match="grad_sums must have, for each run, one array for each float"):
             reversible_scan(run, x, grad_sums=wrong)
+
+
+def shrunk(params, count, grads):
+    return jax.tree.map(lambda p, g: p - 0.125 * g, params, grads), count + 1
+
+
+@pytest.mark.parametrize("plan", ["nothing", "inputs:3", "all", "2 all, 2 inputs:2, 2 nothing"])
+def test_parameters_are_updated_in_the_backward_pass_by_the_gradients_that_they_have(plan):
+    params, x, side = make_problem(6)
+    counts = ((jnp.zeros(6), jnp.zeros(6)),)
+    of = lambda params, **how: objective(reversible_scan(make_run(params, side), x, plan=plan, **how))
+    loss = lambda params, counts: of(params, update=shrunk, update_state=counts)
+    new, counts = jax.jit(jax.grad(loss, (0, 1)))(params, counts)
+    expected = jax.tree.map(lambda p, g: p - 0.125 * g, params, jax.jit(jax.grad(of))(params))
+    for a, b in zip(jax.tree.leaves((new, counts)), jax.tree.leaves((expected, jax.tree.map(jnp.ones_like, counts)))):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("plan, first, second", [("nothing", [0, 0, 0], [0, 1]), ("inputs:2", [0, 0, 0], [0, 0])])
+def test_nothing_is_updated_from_the_first_stream_on_that_was_not_rebuilt(plan, first, second):
+    """The last f is the same twice in its last layer only; what stands before it, in another run too, stays."""
+    calls = itertools.count()
+    noise = lambda layer, x: np.float32(0 if layer == 1 else next(calls)) + np.zeros_like(x)
+    good = lambda w, x: jnp.tanh(x @ w)
+
+    def noisy(w, x, side):
+        more = jax.pure_callback(noise, jax.typeof(x), side, jax.lax.stop_gradient(x))
+        return jnp.tanh(x @ w + more)
+
+    params, x, _ = make_problem(3, scale=0.5)
+
+    def loss(a, b, counts, canary):
+        runs = [Run(good, a), Run(noisy, b, jnp.arange(2))]
+        return objective(reversible_scan(runs, x, plan=plan, update=shrunk, update_state=counts, canary=canary))
+
+    counts = ((jnp.zeros(3),), (jnp.zeros(2),))
+    args = params[0], params[1][:2], counts, jnp.zeros((5, 3))
+    found, canary = jax.jit(jax.grad(loss, (2, 3)))(*args)
+    assert canary[:, 0].any() and [list(a) for (a,) in found] == [first, second]
+
+
+def test_states_that_do_not_fit_are_refused():
+    params, x, side = make_problem(6)
+    for states in [((jnp.zeros(6),),), ((jnp.zeros(6), jnp.zeros(5)),), (), ((jnp.zeros(6), jnp.zeros(6, jnp.int32)),)]:
+        with pytest.raises(ValueError, match="update_state must have, for each run, for each of its functions"):
+            reversible_scan(make_run(params, side), x, update=shrunk, update_state=states)
+    with pytest.raises(ValueError, match="update and update_state go together"):
+        reversible_scan(make_run(params, side), x, update=shrunk)

@@ -1,12 +1,22 @@
 """Layers that are updated in the backward pass go where they go otherwise, and their gradients need no memory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from revjax.models import Decoder, DecoderConfig, value_and_grad, value_and_update
+from revjax.core import backward
+from revjax.models import (
+    Decoder,
+    DecoderConfig,
+    LoRAConfig,
+    ReversibleStack,
+    value_and_grad,
+    value_and_update,
+)
 from revjax.training import (
     OptimizerConfig,
     init_state,
@@ -17,6 +27,7 @@ from revjax.training import (
     split_abstract,
     step_compiler_options,
 )
+from revjax.training.layer_updates import LayerUpdates
 from revjax.training.norms import global_norm
 
 CONFIG = DecoderConfig(  # periods of two kinds of layers, and one that remains
@@ -144,3 +155,50 @@ def test_losses_whose_layers_cannot_be_updated_on_the_way_are_refused():
         value_and_update(lambda model: loss(model) + penalty(model), halve)(model, states)
     with pytest.raises(ValueError, match="only where the loss calls the stack once"):
         value_and_update(lambda model: loss(model) + loss(model), halve)(model, states)
+
+
+class Two(nnx.Module):
+    """Two stacks, the second of which reads the first."""
+
+    def __init__(self, rngs):
+        make = lambda rngs: nnx.Linear(8, 8, rngs=rngs)
+        self.first = ReversibleStack(make, num_layers=2, rngs=rngs)
+        self.second = ReversibleStack(make, num_layers=2, rngs=rngs)
+
+
+@pytest.mark.parametrize("first", [jax.lax.stop_gradient, jnp.zeros_like])
+def test_a_stack_that_the_loss_does_not_depend_on_is_not_overwritten(first):
+    """Its "gradients", the new values, would be zeros."""
+    model, states = Two(nnx.Rngs(0)), {name: ((jnp.zeros(2),),) for name in ("first", "second")}
+    loss = lambda model: jnp.mean(model.second(first(model.first(jnp.ones((2, 8))))) ** 2)
+    with pytest.raises(ValueError, match="does not depend on first"):
+        value_and_update(loss, halve)(model, states)
+
+
+def test_branches_without_adapters_have_nothing_to_update():
+    config = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2, layers=("query",)))
+    skeleton, values = split(Decoder(config, rngs=nnx.Rngs(0)))
+    params, frozen = skeleton.divide(values)
+    found = []
+    for how in (None, "two_sweeps"):
+        optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), lambda step: 1e-2)
+        state = init_state(params, optimizer, jax.random.key(7), frozen=frozen)
+        found.append(jax.jit(make_train_step(skeleton, token_loss, optimizer, in_backward=how))(state, rows(0))[0])
+    assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+    for a, b in zip(jax.tree.leaves(found[0].params), jax.tree.leaves(found[1].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_second_sweep_that_goes_wrong_by_itself_is_refused(monkeypatch):
+    right, in_second = backward._wrong, []
+    update = LayerUpdates.update
+
+    def second(*args, **kwargs):
+        in_second.append(True)
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(LayerUpdates, "update", second)
+    monkeypatch.setattr(backward, "_wrong", lambda *args: right(*args) + (1.0 if in_second else 0.0))
+    state, metrics, before = trained("two_sweeps", 1)
+    assert metrics["canary"] > 0 and metrics["trouble"] and int(metrics["skipped"]) == 1
+    assert same_bits(state.params, before.params) and same_bits(state.opt_state, before.opt_state)
