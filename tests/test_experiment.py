@@ -919,4 +919,6 @@ def test_updates_in_the_backward_pass_are_refused_where_they_cannot_be_taken_bac
         in_backward("one_sweep", training=TrainingConfig(spike_sigmas=6.0))
     with pytest.raises(ConfigError, match="before model.dtype=float16 can refuse"):
         in_backward("one_sweep", model=DecoderConfig(dtype="float16"))
+    with pytest.raises(ConfigError, match="training.on_trouble cannot be warn. Set --training.on_trouble=skip"):
+        in_backward("two_sweeps", training=TrainingConfig(on_trouble="warn"))
     in_backward("two_sweeps", training=TrainingConfig(spike_sigmas=6.0))

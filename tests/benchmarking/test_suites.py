@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, run_suite
+from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, plot_frontier, run_suite
 from revjax.benchmarking.cost import cost, draw
 from revjax.benchmarking.gradients import distance, unequal
 from revjax.benchmarking.memory import AttentionConfig, TrainStepConfig, attention, train_step
@@ -74,6 +74,9 @@ def test_plans_and_rivals_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SUITES, "rivals", (measured, ways(**shape)))
     assert main(["benchmark", "rivals", f"--folder={tmp_path}"]) == 0
     assert (tmp_path / "rivals.png").stat().st_size > 10_000 and len(capsys.readouterr().out.splitlines()) == 8
+    rows = [json.loads(line) | {"seconds": None} for line in (tmp_path / "rivals.jsonl").read_text().splitlines()]
+    plot_frontier(rows, tmp_path / "nothing.png", title="a device on which nothing fits")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 @pytest.mark.slow

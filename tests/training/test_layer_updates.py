@@ -124,6 +124,16 @@ def test_what_cannot_be_taken_back_is_refused():
         make_train_step(skeleton, token_loss, optimizer, in_backward="two_sweeps", accumulation=2)
     with pytest.raises(ValueError, match="in_backward='two_sweeps'"):
         make_train_step(skeleton, token_loss, optimizer, in_backward="one_sweep", spike_sigmas=6.0)
+    with pytest.raises(ValueError, match="on_trouble cannot be 'warn'"):
+        make_train_step(skeleton, token_loss, optimizer, in_backward="two_sweeps", on_trouble="warn")
+    state = init_state(split(Two(nnx.Rngs(0)))[1], optimizer, jax.random.key(0), loss_scale=True)
+    step = make_train_step(split(Two(nnx.Rngs(0)))[0], token_loss, optimizer, in_backward="one_sweep")
+    with pytest.raises(ValueError, match="A loss scale that is too large is known too late"):
+        step(state, rows(0))
+    with pytest.raises(ValueError, match="The model has no reversible stack"):
+        make_train_step(split(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))[0], token_loss, optimizer, in_backward="one_sweep")
+    with pytest.raises(ValueError, match="depends on the name of their stack"):
+        make_train_step(split(Named(nnx.Rngs(0)))[0], token_loss, optimizer, in_backward="one_sweep")
     with pytest.raises(ValueError, match=r"each element by itself \(adamw, lion, sgd\), but got 'muon'"):
         OptimizerConfig(name="muon", in_backward="one_sweep")
 
@@ -164,6 +174,13 @@ class Two(nnx.Module):
         make = lambda rngs: nnx.Linear(8, 8, rngs=rngs)
         self.first = ReversibleStack(make, num_layers=2, rngs=rngs)
         self.second = ReversibleStack(make, num_layers=2, rngs=rngs)
+
+
+class Named(nnx.Module):
+    """A stack whose name says that nothing in it decays."""
+
+    def __init__(self, rngs):
+        self.embedding_stack = ReversibleStack(lambda rngs: nnx.Linear(8, 8, rngs=rngs), num_layers=2, rngs=rngs)
 
 
 @pytest.mark.parametrize("first", [jax.lax.stop_gradient, jnp.zeros_like])
