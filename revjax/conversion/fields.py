@@ -15,7 +15,8 @@ REQUIRED: Any = object()
 _NOT_OF_THE_FUNCTION = set(
     "architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map use_cache "
     "cache_implementation initializer_range bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
-    "attention_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout task_specific_params _attn_implementation "
+    "attention_dropout attn_pdrop embd_pdrop resid_pdrop hidden_dropout hidden_dropout_prob "
+    "attention_probs_dropout_prob task_specific_params _attn_implementation "
     "attn_implementation summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
     "id2label label2id problem_type finetuning_task tokenizer_class prefix return_dict return_dict_in_generate "
     "output_hidden_states output_attentions output_scores chunk_size_feed_forward pretraining_tp "
@@ -63,6 +64,12 @@ class Fields:
         if value not in choices:
             raise ConfigError(f"{self.where}: {name} {value!r} is not supported. Supported are {', '.join(choices)}.")
         return choices[value]
+
+    def ignore(self, *names: str) -> None:
+        """These do not change what the model computes."""
+        self._known.update(names)
+        for name in names:
+            self._left.pop(name, None)
 
     def only(self, name: str, *allowed: Any) -> None:
         """Raises `ConfigError` if the field is there with another value than these."""

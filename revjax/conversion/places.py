@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from flax import nnx
 
-from ..models import Decoder, DecoderConfig
+from ..models import EncoderDecoderConfig, ModelConfig, make_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Place:
       name: of the parameter.
       index: of its first axis; None where it is of no layer.
       layer: the number of the layer; None likewise.
-      role: what it is in a layer: "attention.norm.scale"; of no layer, its name.
+      role: what it is in a layer: "attention.norm.scale", "decoder.cross.norm.scale"; of no layer, its name.
       shape: without the axis of repeats.
       num_inputs: how many of the first axes a product contracts.
     """
@@ -34,28 +34,31 @@ class Place:
     num_inputs: int
 
 
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """The shape and dtype of every parameter of a decoder, by its name as `revjax export` writes it."""
-    model = nnx.eval_shape(lambda: Decoder(config, plan="all", rngs=nnx.Rngs(0)))
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """The shape and dtype of every parameter of a model, by its name as `revjax export` writes it."""
+    model = nnx.eval_shape(lambda: make_model(config, plan="all", rngs=nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): (p.get_value().shape, np.dtype(p.get_value().dtype)) for path, p in flat}
 
 
-def places(config: DecoderConfig) -> Iterator[Place]:
+def places(config: ModelConfig) -> Iterator[Place]:
     """Every parameter of every layer, and those of no layer; layer by layer within each parameter."""
-    branches = 1 if config.granularity == "block" else 2
-    period = len(config.period)
-    whole = config.num_layers // period * period
     for name, (shape, _) in parameter_shapes(config).items():
-        if not name.startswith("stack.runs."):
+        tower, is_layer, inside = name.partition("stack.runs.")
+        if not is_layer:
             yield Place(name, None, None, name, shape, 1)
             continue
-        run, branch, role = name.removeprefix("stack.runs.").split(".", 2)
+        of_decoder = isinstance(config, EncoderDecoderConfig) and tower == "decoder."
+        num_layers = config.decoder_layers if of_decoder else config.num_layers
+        branches = ("attention.", "cross.", "mlp.") if of_decoder else ("attention.", "mlp.")
+        branches = ("",) if config.granularity == "block" else branches
+        period = len(config.period)
+        whole = num_layers // period * period
+        run, branch, role = inside.split(".", 2)
         in_rest = int(run) == 1 or whole == 0
-        if branches == 2:
-            role = f"{('attention', 'mlp')[int(branch) % 2]}.{role}"
-        size = config.num_layers - whole if in_rest else period
-        first = (whole if in_rest else 0) + int(branch) // branches
-        num_inputs = 2 if role == "attention.attention.out.kernel" else 1
+        layer_in_period, i = divmod(int(branch), len(branches))
+        first = (whole if in_rest else 0) + layer_in_period
+        size = num_layers - whole if in_rest else period
+        num_inputs = 2 if role.endswith("attention.out.kernel") else 1
         for index in range(shape[0]):
-            yield Place(name, index, first + index * size, role, shape[1:], num_inputs)
+            yield Place(name, index, first + index * size, f"{tower}{branches[i]}{role}", shape[1:], num_inputs)

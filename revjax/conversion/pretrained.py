@@ -1,4 +1,4 @@
-"""Checkpoints of transformers as parameters of a `Decoder`.
+"""Checkpoints of transformers as parameters of a model.
 
 Tensor by tensor, so that memory is that of the largest few, and by tables (see `families`) that serve both ways. What
 does not fit is found before anything is written, and said at once.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError, nearest
-from ..models import DecoderConfig
+from ..models import ModelConfig
 from .families import FAMILIES, Family, Tensor
 from .fields import Fields
 from .places import parameter_shapes, places
@@ -34,14 +34,16 @@ class Pretrained:
 
     folder: pathlib.Path
     family: Family
-    config: DecoderConfig
+    config: ModelConfig
     tensors: TensorFiles
     bare: bool
 
     def name(self, tensor: Tensor, layer: int | None) -> str:
         """What `tensor` is called in these files."""
         name = tensor.name.format(layer)
-        return name.removeprefix(self.family.prefix) if self.bare else name
+        name = name.removeprefix(self.family.prefix) if self.bare else name
+        old = [name.replace(new, before) for new, before in self.family.old_names if new in name]
+        return next((n for n in old if n in self.tensors and name not in self.tensors), name)
 
 
 def open_pretrained(folder: str | pathlib.Path) -> Pretrained:
@@ -55,8 +57,10 @@ def open_pretrained(folder: str | pathlib.Path) -> Pretrained:
         raise CheckpointError(f"There is no folder {folder}. Give one with {CONFIG} and {WEIGHTS}.")
     theirs = read_config_json(folder)
     family = _family_of(theirs, folder)
-    config = decoder_of(family, theirs, str(folder / CONFIG))
     tensors = TensorFiles(folder)
+    config = dataclasses.replace(
+        config_of(family, theirs, str(folder / CONFIG)), **family.read_tensors(frozenset(tensors))
+    )
     bare = not any(name.startswith(family.prefix) for name in tensors)
     found = Pretrained(folder, family, config, tensors, bare)
     _check_tensors(found)
@@ -77,27 +81,28 @@ def read_config_json(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def decoder_of(family: Family, theirs: Mapping[str, Any], where: str) -> DecoderConfig:
+def config_of(family: Family, theirs: Mapping[str, Any], where: str) -> ModelConfig:
     """The ordinary network that a config.json of `family` says; raises `ConfigError` where it cannot be."""
     fields = Fields(theirs, where)
     ours = family.read(fields)
     fields.finish()
     try:
-        return DecoderConfig(**ours, coupling="residual", exact=False, dtype="float32")
+        return family.config(**ours, coupling="residual", exact=False, dtype="float32")
     except ValueError as e:
         raise ConfigError(f"{where}: {e}") from None
 
 
-def copy_parameters(found: Pretrained, config: DecoderConfig, path: pathlib.Path, metadata: dict[str, str]) -> None:
-    """Writes the parameters of `found` to `path`, as those of a decoder of `config`.
+def copy_parameters(found: Pretrained, config: ModelConfig, path: pathlib.Path, metadata: dict[str, str]) -> None:
+    """Writes the parameters of `found` to `path`, as those of a model of `config`.
 
     `config` has the architecture of `found.config`. Raises `CheckpointError` for values that are not finite, naming all
     of their tensors.
     """
     wrong: dict[str, None] = {}
+    of_role = found.family.tensors_of(config)
     with TensorWriter(path, parameter_shapes(config), metadata) as writer:
         for place in places(config):
-            tensor = found.family.tensors[place.role]
+            tensor = of_role[place.role]
             name = found.name(tensor, place.layer)
             theirs = found.tensors.read(name)
             if not np.isfinite(theirs).all():
@@ -117,10 +122,12 @@ def _family_of(theirs: Mapping[str, Any], folder: pathlib.Path) -> Family:
         )
     family = FAMILIES[name]
     classes = theirs.get("architectures") or [family.architecture]
-    bare = re.sub("(ForCausalLM|LMHeadModel)$", "Model", family.architecture)
-    if not any(c in (family.architecture, bare, bare.replace("Model", "TextModel")) for c in classes):
+    bare = family.bare_architecture
+    known = (family.architecture, bare, bare.replace("Model", "TextModel"), *family.other_architectures)
+    if not any(c in known for c in classes):
         raise ConfigError(
-            f"{folder / CONFIG}: architectures {classes!r} is not a language model ({family.architecture})."
+            f"{folder / CONFIG}: architectures {classes!r} is not a {family.architecture}, which is what is known of "
+            f"{family.model_type}."
         )
     return family
 
@@ -129,10 +136,12 @@ def _check_tensors(found: Pretrained) -> None:
     """Raises `CheckpointError` with all that does not fit."""
     family, tensors = found.family, found.tensors
     wanted: dict[str, tuple[int, ...]] = {}
+    of_role = family.tensors_of(found.config)
     for place in places(found.config):
-        tensor = family.tensors[place.role]
+        tensor = of_role[place.role]
         wanted[found.name(tensor, place.layer)] = tensor.shape(place.shape, place.num_inputs)
-    tied = family.tensors["head.kernel"].name if found.config.tie_embeddings else None
+    head = of_role.get("head.kernel")
+    tied = head.name if head is not None and head.name not in wanted else None
     missing = [name for name in wanted if name not in tensors]
     extra = [n for n in tensors if n not in wanted and n != tied and not re.fullmatch(family.ignored, n)]
     shapes = [
@@ -146,7 +155,7 @@ def _check_tensors(found: Pretrained) -> None:
     problems = {"missing": missing, "not known": extra, "of another shape": shapes, "of another kind of number": dtypes}
     lines = [f"{what}: {some(names)}" for what, names in problems.items() if names]
     if not lines and tied is not None and tied in tensors:
-        embedding = found.name(family.tensors["embedding.table"], None)
+        embedding = found.name(of_role["embedding.table"], None)
         if not np.array_equal(tensors.read(tied), tensors.read(embedding)):
             lines = [f"{tied} differs from {embedding}, though tie_word_embeddings says that they are one"]
     if lines:

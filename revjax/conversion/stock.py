@@ -3,6 +3,7 @@
 A network that comes near to an ordinary one, or is one when it is evaluated, goes out as that: with b = 0.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +13,10 @@ import numpy as np
 
 from ..core import parse_coupling
 from ..errors import CheckpointError, ConfigError
-from ..models import DecoderConfig
-from .families import FAMILIES, Family
+from ..models import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
+from .families import FAMILIES, Family, Tensor
 from .places import Place, places
-from .pretrained import CONFIG, decoder_of
+from .pretrained import CONFIG, config_of
 from .tensor_files import DTYPES, INDEX, WEIGHTS, TensorWriter, some
 
 _LARGEST_FILE = 5 * 10**9
@@ -23,7 +24,7 @@ Read = Callable[[str, int | None], np.ndarray]
 
 
 def write_pretrained(
-    config: DecoderConfig,
+    config: ModelConfig,
     read: Read,
     folder: pathlib.Path,
     *,
@@ -44,9 +45,9 @@ def write_pretrained(
     """
     family, theirs = stock_config(config, like)
     target = np.dtype(DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]])
-    tensors = dict(_theirs(family, config))
+    of_role, tensors = family.tensors_of(config), dict(_theirs(family, config))
     shapes = {
-        name: (family.tensors[parts[0].role].shape(parts[0].shape, parts[0].num_inputs), target)
+        name: (of_role[parts[0].role].shape(parts[0].shape, parts[0].num_inputs), target)
         for name, parts in tensors.items()
     }
     files = list(_files(shapes))
@@ -55,7 +56,7 @@ def write_pretrained(
         file = WEIGHTS if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
         with TensorWriter(folder / file, {name: shapes[name] for name in names}, {"format": "pt"}) as writer:
             for name in names:
-                value = _their_value(family, tensors[name], read, target)
+                value = _their_value(of_role, tensors[name], read, target)
                 if not np.isfinite(value).all():
                     wrong.append(name)
                 writer.write(name, value)
@@ -67,7 +68,7 @@ def write_pretrained(
     return family
 
 
-def stock_config(config: DecoderConfig, like: Mapping[str, Any] | None = None) -> tuple[Family, dict[str, Any]]:
+def stock_config(config: ModelConfig, like: Mapping[str, Any] | None = None) -> tuple[Family, dict[str, Any]]:
     """The family and config.json of the ordinary network that `config` comes near to.
 
     Raises `ConfigError` where no family has its architecture, or its coupling does not come near to the ordinary one.
@@ -76,27 +77,44 @@ def stock_config(config: DecoderConfig, like: Mapping[str, Any] | None = None) -
     wanted = architecture(config)
     if like is not None and like.get("model_type") in FAMILIES:
         family = FAMILIES[like["model_type"]]
-        if architecture(decoder_of(family, like, CONFIG)) == wanted:
+        if _says(family, like, config) == wanted:
             return family, {k: v for k, v in like.items() if k not in ("dtype", "torch_dtype")}
     for family in FAMILIES.values():
-        theirs = {"model_type": family.model_type, "architectures": [family.architecture]} | family.write(config)
+        if family.config is not type(config):
+            continue
+        classes = [family.architecture_of(config)]
+        theirs = {"model_type": family.model_type, "architectures": classes} | family.write(config)
         try:
-            if architecture(decoder_of(family, theirs, CONFIG)) == wanted:
+            if _says(family, theirs, config) == wanted:
                 return family, theirs
         except (ConfigError, KeyError):  # it cannot even be said
             continue
+    hint = ""
+    if isinstance(config, DecoderConfig):
+        hint = (
+            " A model of your own can be one: the shape of Llama is norm: rms, gated: true, use_bias: false, "
+            "positions: rotary, window: null."
+        )
     raise ConfigError(
-        "No family of transformers has this architecture. A model of your own can be one: the shape of Llama is norm: "
-        "rms, gated: true, use_bias: false, positions: rotary, window: null. Known are "
+        f"No family of transformers has this architecture.{hint} Known are "
         f"{', '.join(f.architecture for f in FAMILIES.values())}."
     )
 
 
-def architecture(config: DecoderConfig) -> DecoderConfig:
+def _says(family: Family, theirs: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """The architecture that a config.json says, where its tensors are those of `config`."""
+    if family.config is not type(config):
+        raise ConfigError(f"{family.architecture} is another kind of model.")
+    tensors = {name: getattr(config, name) for name in family.read_tensors(())}
+    return architecture(dataclasses.replace(config_of(family, theirs, CONFIG), **tensors))
+
+
+def architecture(config: ModelConfig) -> ModelConfig:
     """`config` with what does not change the ordinary network at its defaults, and everything else said."""
     bias = lambda own: config.use_bias if own is None else own
-    return DecoderConfig(
-        **{name: getattr(config, name) for name in _SAME},
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    said: dict[str, Any] = {name: defaults[name] for name in _NOT_OF_THE_NETWORK if name in defaults}
+    said |= dict(
         num_kv_heads=config.kv_heads,
         head_dim=config.head_size,
         d_ff=config.mlp_width,
@@ -107,26 +125,33 @@ def architecture(config: DecoderConfig) -> DecoderConfig:
         use_bias=config.use_bias and config.norm == "layer",
         rope_base=config.rope_base if config.positions == "rotary" else 10_000.0,
         local_rope_base=None if config.local_rope_base == config.rope_base else config.local_rope_base,
-        max_length=config.max_length if config.positions == "learned" else 1024,
         attention_scale=round(config.attention_scale or config.head_size**-0.5, 9),
-        embedding_scale=round(config.embedding_scale, 6),
         layer_pattern=_pattern(config),
         coupling="residual",
         exact=False,
     )
+    if isinstance(config, DecoderConfig | EncoderConfig) and config.positions != "learned":
+        said["max_length"] = defaults["max_length"]
+    if isinstance(config, DecoderConfig | EncoderDecoderConfig):
+        said["embedding_scale"] = round(config.embedding_scale, 6)
+    if isinstance(config, EncoderDecoderConfig):
+        said |= dict(num_decoder_layers=config.decoder_layers, start_token=config.start)
+        said["logit_scale"] = None if config.logit_scale is None else round(config.logit_scale, 9)
+    return dataclasses.replace(config, **said)
 
 
-_SAME = (
-    *("vocab_size", "d_model", "num_layers", "num_heads", "activation", "gated", "norm", "norm_offset", "post_norm"),
-    *("qk_norm", "positions", "rope_scaling", "window", "attention_softcap", "logit_softcap", "tie_embeddings"),
+_NOT_OF_THE_NETWORK = (
+    *("dropout", "attention_dropout", "stochastic_depth", "dtype", "param_dtype", "granularity", "readout", "lora"),
+    *("second_stream", "layer_scale", "fraction_bits", "mlp_chunk", "loss_tile", "mask_rate", "mask_token"),
+    "label_smoothing",
 )
 
 
-def _pattern(config: DecoderConfig) -> tuple:
+def _pattern(config: ModelConfig) -> tuple:
     return () if config.window is None or "global" not in config.period else config.period
 
 
-def _check_coupling(config: DecoderConfig) -> None:
+def _check_coupling(config: ModelConfig) -> None:
     coupling = parse_coupling(config.coupling).for_step(None)
     near = coupling.order == 1 or config.coupling.partition(":")[0] == "near-residual"
     if not near:
@@ -141,21 +166,23 @@ def _check_coupling(config: DecoderConfig) -> None:
         raise ConfigError(f"A stock architecture has no place for the parameters of {names}.")
 
 
-def _theirs(family: Family, config: DecoderConfig) -> Iterator[tuple[str, list[Place]]]:
+def _theirs(family: Family, config: ModelConfig) -> Iterator[tuple[str, list[Place]]]:
     """Each of their tensors, with the parameters of ours that it holds, in its order; layer by layer."""
     found: dict[str, list[Place]] = {}
+    of_role, bare = family.tensors_of(config), family.is_bare(config)
     ordered = sorted(places(config), key=lambda p: -1 if p.layer is None else p.layer)
     for place in ordered:
-        if place.role not in family.tensors:
+        if place.role not in of_role:
             raise ConfigError(f"{family.architecture} has no place for the parameter {place.name}.")
-        found.setdefault(family.tensors[place.role].name.format(place.layer), []).append(place)
+        name = of_role[place.role].name.format(place.layer)
+        found.setdefault(name.removeprefix(family.prefix) if bare else name, []).append(place)
     for name, parts in found.items():
-        yield name, sorted(parts, key=lambda p: family.tensors[p.role].part[0])
+        yield name, sorted(parts, key=lambda p: of_role[p.role].part[0])
 
 
-def _their_value(family: Family, parts: list[Place], read: Read, dtype: np.dtype) -> np.ndarray:
-    values = [family.tensors[p.role].to_theirs(read(p.name, p.index), p.num_inputs) for p in parts]
-    value = values[0] if len(values) == 1 else np.concatenate(values, family.tensors[parts[0].role].axis)
+def _their_value(of_role: Mapping[str, Tensor], parts: list[Place], read: Read, dtype: np.dtype) -> np.ndarray:
+    values = [of_role[p.role].to_theirs(read(p.name, p.index), p.num_inputs) for p in parts]
+    value = values[0] if len(values) == 1 else np.concatenate(values, of_role[parts[0].role].axis)
     with np.errstate(over="ignore"):  # what does not fit is infinite, and named
         return value.astype(dtype, copy=False)
 

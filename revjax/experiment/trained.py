@@ -18,7 +18,7 @@ from ..conversion import TensorFiles
 from ..data import CHAT_TEMPLATE, ChatTemplate, ChatTokenizer, DataConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
-from ..models import Decoder, DecoderConfig, merge_adapters
+from ..models import Decoder, DecoderConfig, ModelConfig, make_model, merge_adapters
 from ..training import split, split_abstract, united
 from ..training.folder import read_config
 from .config import RunConfig
@@ -109,9 +109,9 @@ def read_parameters(folder: str | os.PathLike) -> dict[str, Any]:
     return _read(folder)[2]
 
 
-def read_file(path: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
-    """The parameters of a decoder of `config` in a file that `export` or `from_hf` wrote, nested."""
-    return _of_file(path, split(nnx.eval_shape(lambda: Decoder(config, plan="all", rngs=nnx.Rngs(0))))[1])
+def read_file(path: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
+    """The parameters of a model of `config` in a file that `export` or `from_hf` wrote, nested."""
+    return _of_file(path, split(nnx.eval_shape(lambda: make_model(config, plan="all", rngs=nnx.Rngs(0))))[1])
 
 
 def _decoder(config: RunConfig) -> Decoder:

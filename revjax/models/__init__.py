@@ -10,6 +10,13 @@ from .cost import num_params as num_params
 from .cost import summary as summary
 from .decoder import Decoder as Decoder
 from .decoder_config import DecoderConfig as DecoderConfig
+from .encoder import Encoder as Encoder
+from .encoder import EncoderConfig as EncoderConfig
+from .encoder_decoder import EncoderDecoder as EncoderDecoder
+from .encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
+from .families import Model as Model
+from .families import ModelConfig as ModelConfig
+from .families import make_model as make_model
 from .gradients import Report as Report
 from .gradients import stacks_of as stacks_of
 from .gradients import value_and_add_grad as value_and_add_grad
@@ -24,3 +31,6 @@ from .presets import PRESETS as PRESETS
 from .presets import preset as preset
 from .stack import MutatedVariableError as MutatedVariableError
 from .stack import ReversibleStack as ReversibleStack
+from .transformer_config import TransformerConfig as TransformerConfig
+from .vision import VisionConfig as VisionConfig
+from .vision import VisionTransformer as VisionTransformer

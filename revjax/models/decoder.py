@@ -1,18 +1,12 @@
 """A decoder-only language model over any coupling and plan.
 
     x = embed(tokens)        for each layer: f = attention(norm(x)), then f = mlp(norm(x))
-    logits = head(read-out of the two streams)
-
-    readout    mean       norm((x[l-1] + x[l]) / 2)
-               last       norm(x[l])
-               learned    norm(a x[l-1] + c x[l])          a, c for each channel, 1/2 at the start
-               concat     halves of norm([x[l-1], x[l]]), added: Reformer's, for a head that is tied
+    logits = head(read-out of the two streams)        see `tower`
 
 Each f is an increment that the coupling adds to the streams; with `granularity: block`, attention and MLP
 together are one f.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..core import parse_coupling
 from ..core.plan import Plan
 from ..nn import Embedding, KVCache, LearnedPositions, Linear, cross_entropy
-from .branches import MLPBranch, make_branches, make_norm
+from .branches import MLPBranch, layers_of
 from .decoder_config import DecoderConfig
 from .lora import add_adapters
-from .stack import ReversibleStack
+from .tower import Tower, both_streams, cast_parameters
 
 PyTree = Any
 
 
-class Decoder(nnx.Module):
+class Decoder(Tower):
     """A causal language model on a reversible stack.
 
     Args:
@@ -61,28 +54,12 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         placed = config.positions == "learned"
         self.positions = LearnedPositions(config.max_length, config.d_model, rngs=rngs) if placed else None
-        self.stack = ReversibleStack(
-            [functools.partial(_make_layer, config, kind) for kind in config.period],
-            num_layers=config.num_layers,
-            coupling=parse_coupling(config.coupling),
-            plan=plan,
-            exact=config.exact,
-            fraction_bits=config.fraction_bits,
-            constrain=constrain,
-            gather=gather,
-            rngs=rngs,
-        )
-        self.readout = self.stack.coupling.readout if config.readout == "auto" else config.readout
-        learned = self.readout == "learned"
-        self.readout_scale = nnx.Param(jnp.full((2, config.d_model), 0.5)) if learned else None
-        self.norm = make_norm(config, width=(2 if self.readout == "concat" else 1) * config.d_model, rngs=rngs)
+        super().__init__(config, layers_of(config, causal=True), plan=plan, constrain=constrain, gather=gather, rngs=rngs)
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.d_model, config.vocab_size, dtype=dtype, rngs=rngs)
         own = config.second_stream == "own"
         self.second_embedding = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs) if own else None
-        if config.param_dtype != "float32":
-            cast = lambda p: p.astype(config.param_dtype)
-            nnx.update(self, jax.tree.map(cast, nnx.state(self, nnx.Param)))
+        cast_parameters(self, config.param_dtype)
         if config.lora is not None:
             add_adapters(self, config.lora, rngs=rngs)
 
@@ -102,19 +79,6 @@ class Decoder(nnx.Module):
         given = {"positions": positions} if self.positions is None else {}
         streams = self._embed(tokens_BT, positions)
         return self.read_out(*self.stack.scan(streams, key=key, segment_ids=segment_ids, **given).streams)
-
-    def read_out(self, previous_BTD: jax.Array | None, last_BTD: jax.Array) -> jax.Array:
-        """Returns what the head reads of the two streams that the stack ends with: normed, (B, T, D)."""
-        if previous_BTD is None or self.readout == "last":
-            return self.norm(last_BTD)
-        if self.readout == "mean":
-            return self.norm(0.5 * (previous_BTD + last_BTD))
-        if self.readout_scale is not None:
-            previous, last = self.readout_scale[...]
-            return self.norm(previous[None, None] * previous_BTD + last[None, None] * last_BTD)
-        both = self.norm(jnp.concatenate([previous_BTD, last_BTD], axis=-1))
-        previous_BTD, last_BTD = jnp.split(both, 2, axis=-1)
-        return previous_BTD + last_BTD
 
     def loss(
         self, tokens_BT, targets_BT, weights_BT=None, *, key=None, z_loss: float = 0.0, **inputs
@@ -168,7 +132,7 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + jnp.broadcast_to(self.positions(positions_BT), x_BTD.shape)
         if self.second_embedding is not None:
             return self.second_embedding.encode(tokens_BT), x_BTD
-        return (jnp.zeros_like(x_BTD) if self.config.second_stream == "zero" else x_BTD), x_BTD
+        return both_streams(x_BTD, self.config.second_stream)
 
     def _logits(self, x_BTD):
         kernel_DV = self.head_kernel.astype(x_BTD.dtype)
@@ -176,10 +140,6 @@ class Decoder(nnx.Module):
         logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide)
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
-
-
-def _make_layer(config, kind, rngs):
-    return make_branches(config, kind, rngs=rngs)
 
 
 def _is_cache(x) -> bool:

@@ -22,6 +22,7 @@ from .linear import LowRank as LowRank
 from .mlp import MLP as MLP
 from .norm import LayerNorm as LayerNorm
 from .norm import RMSNorm as RMSNorm
+from .relative import relative_bias as relative_bias
 from .rope_scaling import RopeScaling as RopeScaling
 from .rotary import Rotary as Rotary
 from .rotary import rotary as rotary

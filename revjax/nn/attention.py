@@ -17,10 +17,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from .cache import KVCache
+from .dropout import dropout as apply_dropout
 from .flash import flash_attention
 from .linear import Linear
 from .norm import RMSNorm
 from .rotary import Rotary
+from .rounding import accumulator, rounded
 
 IMPLEMENTATIONS = ("auto", "flash", "cudnn", "xla")
 
@@ -37,6 +39,7 @@ def attention(
     q_offset: int | jax.Array = 0,
     scale: float | None = None,
     softcap: float | None = None,
+    bias_BNTS: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     implementation: str = "auto",
@@ -44,9 +47,10 @@ def attention(
     """Returns o_BTNH: the arguments of `flash_attention`, and the kernel that computes it.
 
     Args:
+      bias_BNTS: added to the scores, differentiable; axes of length 1 are for all. Only "xla" takes one.
       implementation: "flash" runs everywhere. "cudnn" is NVIDIA's kernel: faster, but half precision only,
-        and without dropout, soft cap, segments and offset. "auto" takes cuDNN where it can, else flash. "xla" holds
-        all T * S scores: for tests.
+        and without dropout, soft cap, segments and offset. "xla" holds all T * S scores: for a bias, and for tests.
+        "auto" takes "xla" where there is a bias, cuDNN where it can, else flash.
     """
     options: dict[str, Any] = dict(
         causal=causal,
@@ -60,12 +64,16 @@ def attention(
         key=key,
     )
     _check_implementation(implementation)
+    if bias_BNTS is not None and implementation not in ("auto", "xla"):
+        raise ValueError(f'A bias needs all scores at once: implementation="xla" or "auto", not {implementation!r}.')
+    if implementation == "auto" and bias_BNTS is not None:
+        implementation = "xla"
     if implementation == "auto":
         implementation = "flash" if _cudnn_refuses(q_BTNH, k_BSKH, v_BSKH, **options) else "cudnn"
     if implementation == "flash":
         return flash_attention(q_BTNH, k_BSKH, v_BSKH, **options)
     if implementation == "xla":
-        return _plain(q_BTNH, k_BSKH, v_BSKH, **options)
+        return _plain(q_BTNH, k_BSKH, v_BSKH, bias_BNTS=bias_BNTS, **options)
     if reason := _cudnn_refuses(q_BTNH, k_BSKH, v_BSKH, **options):
         raise ValueError(f'cuDNN attention cannot run here: {reason}. Use implementation="auto" or "flash".')
     return _cudnn(q_BTNH, k_BSKH, v_BSKH, causal=causal, window=window, scale=scale)
@@ -116,10 +124,8 @@ def _cudnn_refuses(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_o
     return None
 
 
-def _plain(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, softcap, dropout, key):
+def _plain(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, scale, softcap, bias_BNTS, dropout, key):
     """The definition, with all scores at once."""
-    if dropout and key is not None:
-        raise ValueError('implementation="xla" has no dropout. Use "flash".')
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     q_pos, k_pos = q_offset + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
     visible = (k_pos <= q_pos if causal else jnp.full((q.shape[1], k.shape[1]), True))[None]
@@ -128,10 +134,13 @@ def _plain(q, k, v, *, causal, window, q_segments_BT, k_segments_BS, q_offset, s
     if q_segments_BT is not None:
         visible &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    s = scale * jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    wide = accumulator(q.dtype)
+    s = scale * jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=wide)
     s = s if softcap is None else softcap * jnp.tanh(s / softcap)
-    p = jax.nn.softmax(s, axis=-1, where=visible[:, None])
-    return jnp.einsum("BNTS,BSNH->BTNH", p.astype(v.dtype), v)
+    s = s if bias_BNTS is None else s + bias_BNTS.astype(wide)
+    p = apply_dropout(jax.nn.softmax(s, axis=-1, where=visible[:, None]), dropout, key)
+    o = jnp.einsum("BNTS,BSNH->BTNH", rounded(p, v.dtype), v, preferred_element_type=wide)
+    return rounded(o, v.dtype)
 
 
 class Attention(nnx.Module):
@@ -191,8 +200,10 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         *,
         context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        bias: jax.Array | None = None,
         cache: KVCache | None = None,
         key: jax.Array | None = None,
     ):
@@ -200,18 +211,23 @@ class Attention(nnx.Module):
 
         Args:
           context: (B, S, context_dim), for cross-attention only.
+          context_mask: (B, S) booleans: which places of the context are seen; None is all.
           positions: (B, T) or (1, T), for the rotary embedding alone; None counts from 0, or on from the cache.
             Who sees whom follows the order in x, not these numbers.
           segment_ids: (B, T) integers: a position sees its own segment only (packed documents).
+          bias: (B, N, T, S) or (1, N, T, S), added to the scores. All T * S of them are there at once then.
           cache: earlier keys and values, which x follows.
           key: for dropout; None is evaluation.
         """
-        self._check_call(context, segment_ids, cache)
+        self._check_call(context, context_mask, segment_ids, cache)
         source = x_BTD if context is None else context
         q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(source), self.value(source)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         offset, q_segments, k_segments = 0, segment_ids, segment_ids
+        if context_mask is not None:  # every query is of segment 1
+            k_segments = context_mask.astype(jnp.int32)
+            q_segments = jnp.ones(x_BTD.shape[:2], jnp.int32)
         if cache is not None:
             offset, (q_segments, k_segments) = cache.length, cache.segments(x_BTD.shape[1])
         if self.rotary is not None:
@@ -234,6 +250,7 @@ class Attention(nnx.Module):
             q_offset=offset,
             scale=self.scale,
             softcap=self.softcap,
+            bias_BNTS=bias,
             dropout=self.dropout,
             key=key,
             implementation=self.implementation,
@@ -241,13 +258,18 @@ class Attention(nnx.Module):
         y_BTD = self.out(o_BTNH)
         return y_BTD if cache is None else (y_BTD, {"cache": cache})
 
-    def _check_call(self, context, segment_ids, cache):
+    def _check_call(self, context, context_mask, segment_ids, cache):
         if self.is_cross and context is None:
             raise ValueError(
                 "This is cross-attention (context_dim is set), so it needs `context=` (B, S, context_dim)."
             )
         if not self.is_cross and context is not None:
             raise ValueError("Self-attention takes no context. For cross-attention build it with `context_dim=`.")
+        if context_mask is not None and (context is None or context_mask.shape != context.shape[:2]):
+            raise ValueError(
+                f"context_mask must have the shape (B, S) of a context, but got {context_mask.shape} and "
+                f"{'no context' if context is None else f'a context of {context.shape}'}."
+            )
         if cache is not None and not self.causal:
             raise ValueError("A cache needs causal self-attention: otherwise earlier outputs would change.")
         if segment_ids is not None and (cache is not None or self.is_cross):

@@ -1,8 +1,8 @@
 """The loss of a language model without its logits: tokens in tiles, the whole vocabulary in each.
 
-    z = x . W        lse = log sum exp z        loss = sum over tokens of weight (lse - z[target] + z_loss lse^2)
+    z = x . W + bias        lse = log sum exp z        loss = sum over tokens of weight (lse - z[target] + z_loss lse^2)
 
-    dz = weight (softmax(z) (1 + 2 z_loss lse) - onehot(target))        dx = dz . W^T        dW += x^T . dz
+    dz = weight (softmax(z) (1 + 2 z_loss lse) - onehot(target))    dx = dz . W^T    dW += x^T . dz    dbias += sum dz
 
 With a soft cap c (Gemma 2, arXiv:2408.00118), z becomes c tanh(z / c), and dz is multiplied by 1 - (z / c)^2.
 
@@ -28,6 +28,7 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array | None = None,
     *,
+    bias_V: jax.Array | None = None,
     tile_tokens: int = 256,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -40,15 +41,16 @@ def cross_entropy(
 
     Args:
       weights_BT: None counts every token once.
+      bias_V: added to the logits of each token; None is none.
       tile_tokens: about how many tokens have logits at a time, over the whole batch; need not divide B * T.
       z_loss: weight of lse^2, which keeps the logits' scale from drifting.
       softcap: logits stay between -softcap and softcap.
       dtype: of the matmul operands, forward and backward; sums are fp32.
     """
-    _check(hidden_BTD, kernel_DV, targets_BT, weights_BT, tile_tokens)
+    _check(hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, tile_tokens)
     weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
     spec = _Spec(max(1, tile_tokens // targets_BT.shape[0]), float(z_loss), softcap, jnp.dtype(dtype))
-    return _loss_sum(spec, hidden_BTD, kernel_DV, targets_BT, weights_BT), jnp.sum(weights_BT)
+    return _loss_sum(spec, hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT), jnp.sum(weights_BT)
 
 
 class _Spec(NamedTuple):
@@ -59,52 +61,57 @@ class _Spec(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(spec, hidden, kernel, targets, weights):
+def _loss_sum(spec, hidden, kernel, bias, targets, weights):
     kernel = kernel.astype(spec.dtype)
 
     def tile(total, inputs):
         x, t, w = inputs
-        losses, _ = _tile_losses(spec, x, kernel, t)
+        losses, _ = _tile_losses(spec, x, kernel, bias, t)
         return total + jnp.sum(w * losses), None
 
     return _over_tiles(spec, tile, jnp.zeros((), jnp.float32), hidden, targets, weights)[0]
 
 
-def _loss_sum_fwd(spec, hidden, kernel, targets, weights):
+def _loss_sum_fwd(spec, hidden, kernel, bias, targets, weights):
     low_kernel = kernel.astype(spec.dtype)
 
     def tile(carry, inputs):
-        total, dtable = carry
+        total, dtable, dbias = carry
         x, t, w = inputs
-        losses, (logits, lse, hit) = _tile_losses(spec, x, low_kernel, t)
+        losses, (logits, lse, hit) = _tile_losses(spec, x, low_kernel, bias, t)
         dlse = w * (1 + 2 * spec.z_loss * lse)
         dlogits = jnp.exp(logits - lse[..., None]) * dlse[..., None] - jnp.where(hit, w[..., None], 0)
         if spec.softcap is not None:
             dlogits = dlogits * (1 - jnp.square(logits / spec.softcap))
+        dbias = None if dbias is None else dbias + jnp.sum(dlogits, axis=(0, 1))
         dlogits = dlogits.astype(spec.dtype)
         dx = _product("btv,dv->btd", dlogits, low_kernel).astype(hidden.dtype)
         dtable = _add_product(dtable, dlogits, x.astype(spec.dtype))
-        return (total + jnp.sum(w * losses), dtable), (dx, losses)
+        return (total + jnp.sum(w * losses), dtable, dbias), (dx, losses)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape[::-1], jnp.float32))
-    (total, dtable), (dx, losses) = _over_tiles(spec, tile, start, hidden, targets, weights)
+    start_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape[::-1], jnp.float32), start_bias)
+    (total, dtable, dbias), (dx, losses) = _over_tiles(spec, tile, start, hidden, targets, weights)
     # Without it XLA may move the transpose into the product of a single tile, which it then has no bf16 kernel for on a
     # CPU (jax 0.10.2).
     dkernel = jax.lax.optimization_barrier(dtable).T
-    return total, (_untile(dx, hidden.shape[1]), dkernel.astype(kernel.dtype), _untile(losses, hidden.shape[1]))
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return total, (_untile(dx, hidden.shape[1]), dkernel.astype(kernel.dtype), dbias, _untile(losses, hidden.shape[1]))
 
 
 def _loss_sum_bwd(spec, residuals, dtotal):
-    dhidden, dkernel, losses = residuals
-    return (dhidden * dtotal).astype(dhidden.dtype), (dkernel * dtotal).astype(dkernel.dtype), None, losses * dtotal
+    dhidden, dkernel, dbias, losses = residuals
+    scaled = lambda d: None if d is None else (d * dtotal).astype(d.dtype)
+    return scaled(dhidden), scaled(dkernel), scaled(dbias), None, losses * dtotal
 
 
 _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
 
 
-def _tile_losses(spec, x_Btd, kernel_DV, targets_Bt):
+def _tile_losses(spec, x_Btd, kernel_DV, bias_V, targets_Bt):
     """Returns the losses of one tile, unweighted, and (logits, lse, which logit is the target's)."""
     logits = _product("btd,dv->btv", x_Btd.astype(spec.dtype), kernel_DV)
+    logits = logits if bias_V is None else logits + bias_V.astype(logits.dtype)[None, None]
     if spec.softcap is not None:
         logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -160,12 +167,14 @@ def _product(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _check(hidden, kernel, targets, weights, tile_tokens):
+def _check(hidden, kernel, bias, targets, weights, tile_tokens):
     if hidden.ndim != 3 or kernel.ndim != 2 or hidden.shape[2] != kernel.shape[0]:
         raise ValueError(
             f"Expected hidden (B, T, D) and kernel (D, V), but got {hidden.shape} and {kernel.shape}. "
             "A tied embedding gives its kernel as `embedding.head_kernel`."
         )
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        raise ValueError(f"bias_V must have the shape {kernel.shape[1:]} (V), but got {bias.shape}.")
     for name, x in (("targets", targets), ("weights", weights)):
         if x is not None and x.shape != hidden.shape[:2]:
             raise ValueError(f"{name} must have the shape {hidden.shape[:2]} (B, T), but got {x.shape}.")

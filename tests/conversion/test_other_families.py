@@ -1,0 +1,184 @@
+"""BERT, ViT and T5 compute what transformers computes, and go out again as they came in."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from revjax.conversion import copy_parameters, open_pretrained, parameter_shapes, write_pretrained
+from revjax.experiment.trained import read_file
+from revjax.models import EncoderConfig, EncoderDecoderConfig, VisionConfig, make_model
+from revjax.training import split_abstract
+
+SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+BERT = SIZES | dict(vocab_size=101, max_position_embeddings=640)
+VIT = SIZES | dict(image_size=96, patch_size=4, num_labels=7)  # 577 tokens
+T5 = dict(vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # class of the config, of the model, options
+    "bert": ("Bert", "BertForMaskedLM", BERT),
+    "bert, tanh gelu, one kind": ("Bert", "BertForMaskedLM", BERT | dict(hidden_act="gelu_new", type_vocab_size=1)),
+    "bert, without head": ("Bert", "BertModel", BERT),
+    "vit": ("ViT", "ViTForImageClassification", VIT),
+    "vit, gray, relu, fewer biases": (
+        "ViT",
+        "ViTForImageClassification",
+        VIT | dict(num_channels=1, hidden_act="relu", qkv_bias=False, patch_size=8),
+    ),
+    "t5": ("T5", "T5ForConditionalGeneration", T5),
+    "t5 1.1": ("T5", "T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "t5, wide heads, more layers, buckets": (
+        "T5",
+        "T5ForConditionalGeneration",
+        T5
+        | dict(d_kv=12, num_decoder_layers=2, relative_attention_num_buckets=16, relative_attention_max_distance=300),
+    ),
+}
+
+
+def make_hf(name: str) -> Any:
+    """A model of `CASES`, in eval mode, whose every parameter is random."""
+    torch = pytest.importorskip("torch", reason="parity is measured against transformers, which needs torch")
+    transformers = pytest.importorskip("transformers")
+    kind, architecture, options = CASES[name]
+    config = getattr(transformers, f"{kind}Config")(**options)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    return model
+
+
+def ours(folder: pathlib.Path, file: pathlib.Path) -> Any:
+    """Our model with the parameters of a checkpoint of transformers, which go through `file`."""
+    found = open_pretrained(folder)
+    copy_parameters(found, found.config, file, {})
+    make = lambda: make_model(found.config, plan="inputs", rngs=nnx.Rngs(0))
+    return split_abstract(make)[0].merge(jax.tree.map(jnp.asarray, read_file(file, found.config)))
+
+
+def inputs(kind: str, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """By transformers' names: 600 tokens, of which the second row has fewer; or images."""
+    draw = np.random.default_rng(0)
+    if kind == "ViT":
+        size, channels = options["image_size"], options.get("num_channels", 3)
+        return {"pixel_values": draw.normal(size=(2, channels, size, size)).astype(np.float32)}
+    tokens = draw.integers(1, 101, (2, 600))
+    given = {"input_ids": tokens, "attention_mask": (np.arange(600)[None] < np.array([[600], [450]])).astype(int)}
+    if kind == "Bert":
+        return given | {"token_type_ids": draw.integers(0, options.get("type_vocab_size", 2), (2, 600))}
+    return given | {"decoder_input_ids": draw.integers(1, 101, (2, 580))}
+
+
+def theirs_of(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import torch
+
+    with torch.no_grad():
+        found = model(**{name: torch.from_numpy(x) for name, x in given.items()})
+    names = ("logits", "last_hidden_state", "pooler_output")
+    return {name: found[name].numpy() for name in names if name in found and found[name] is not None}
+
+
+def ours_of(model: Any, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    x = {name: jnp.asarray(a, jnp.float32 if a.dtype == np.float32 else jnp.int32) for name, a in given.items()}
+    if "pixel_values" in x:
+        return {"logits": jax.jit(lambda m, x: m(x))(model, x["pixel_values"].transpose(0, 2, 3, 1))}
+    mask = x["attention_mask"]
+    if "decoder_input_ids" in x:
+        run = lambda m, x: m(x["input_ids"], x["decoder_input_ids"], source_mask_BS=mask > 0)
+        return {"logits": jax.jit(run)(model, x)}
+    seen = dict(segment_ids=mask, kinds_BT=x["token_type_ids"])
+    if model.config.head:
+        return {"logits": jax.jit(lambda m, x: m(x, **seen))(model, x["input_ids"])}
+    hidden = jax.jit(lambda m, x: m.hidden(x, **seen))(model, x["input_ids"])
+    return {"last_hidden_state": hidden, "pooler_output": model.pooled(hidden)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_tensors_are_those_of_transformers(name, tmp_path):
+    hf = make_hf(name)
+    hf.save_pretrained(tmp_path / "hf")
+    kind, architecture, options = CASES[name]
+    given = inputs(kind, options)
+    model = ours(tmp_path / "hf", tmp_path / "ours.safetensors")
+    there = given.get("attention_mask", np.ones((2, 1)))[..., None] > 0
+    there = np.ones((2, 1, 1), bool) if kind == "T5" else there  # of padding, outputs say nothing
+    for output, expected in theirs_of(hf, given).items():
+        found = np.asarray(ours_of(model, given)[output])
+        assert found.shape == expected.shape
+        shown = there if expected.ndim == 3 else True
+        assert np.abs(np.where(shown, found - expected, 0)).max() <= 1e-5 * np.abs(expected).max(), output
+
+    params = load_file(tmp_path / "ours.safetensors")
+    read = lambda name, i: params[name] if i is None else params[name][i]
+    (tmp_path / "back").mkdir()
+    write_pretrained(open_pretrained(tmp_path / "hf").config, read, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == [architecture]
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
+    assert before.keys() == after.keys()
+    for tensor, values in before.items():
+        assert values.dtype == after[tensor].dtype and values.tobytes() == after[tensor].tobytes(), tensor
+    again = type(hf).from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    for output, expected in theirs_of(hf, given).items():
+        assert np.array_equal(theirs_of(again, given)[output], expected)
+
+
+SHAPES = {
+    "bert": EncoderConfig(
+        **dict(d_model=32, num_layers=3, d_ff=48, norm_placement="post", positions="learned", token_kinds=2),
+        **dict(norm_eps=1e-12, activation="gelu_exact", coupling="near-residual:4", max_length=64),
+    ),
+    "vit": VisionConfig(d_model=32, num_layers=3, d_ff=48, norm_eps=1e-12, coupling="bdia:4", readout="last"),
+    "t5": EncoderDecoderConfig(
+        **dict(d_model=32, num_layers=3, d_ff=48, positions="relative", attention_scale=1.0, use_bias=False),
+        **dict(coupling="near-residual:4", start_token=0, tie_embeddings=False),
+    ),
+}
+
+
+def write(family: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """A checkpoint of random parameters; returns these."""
+    draw = np.random.default_rng(0)
+    shapes = parameter_shapes(SHAPES[family])
+    params = {name: draw.normal(0, 0.1, shape).astype(dtype) for name, (shape, dtype) in shapes.items()}
+    folder.mkdir()
+    write_pretrained(SHAPES[family], lambda name, i: params[name] if i is None else params[name][i], folder)
+    return params
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_parameters_come_back_to_the_bit_without_transformers(family, tmp_path):
+    params = write(family, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
+    found = open_pretrained(tmp_path / "hf")
+    copy_parameters(found, SHAPES[family], tmp_path / "ours.safetensors", {})
+    read = load_file(tmp_path / "ours.safetensors")
+    assert read.keys() == params.keys() and all(np.array_equal(read[name], params[name]) for name in read)
+
+
+def test_old_names_and_the_other_heads_of_bert(tmp_path):
+    """bert-base-uncased has gamma and beta, a pooler, a head for the next sentence, and its tied head twice."""
+    params = write("bert", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    tensors = {old(name): x for name, x in load_file(path).items()}
+    more = {
+        "bert.pooler.dense.weight": np.ones((32, 32), np.float32),
+        "bert.pooler.dense.bias": np.ones(32, np.float32),
+        "cls.seq_relationship.weight": np.ones((2, 32), np.float32),
+        "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
+    }
+    save_file(tensors | more, path)
+    found = open_pretrained(tmp_path / "hf")
+    assert isinstance(found.config, EncoderConfig) and found.config.pooler and found.config.head
+    copy_parameters(found, found.config, tmp_path / "ours.safetensors", {})
+    read = load_file(tmp_path / "ours.safetensors")
+    assert all(np.array_equal(read[name], x) for name, x in params.items())
+    assert set(read) - set(params) == {"pooler.kernel", "pooler.bias"}
