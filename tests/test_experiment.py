@@ -310,7 +310,7 @@ def test_the_loss_on_the_held_out_text_is_the_last_validation(finished, capsys):
     config, _, _ = finished
     last = read_metrics(config.run.path / "validation.jsonl")[-1]["loss"]
     (done,) = experiment.evaluate(config.run.path, experiment.EvaluateConfig(max_batches=2))
-    assert done.loss == pytest.approx(last, rel=1e-6) and done.num_tokens == 2 * 4 * 32
+    assert done.loss == pytest.approx(last, rel=1e-6) and done.count == 2 * 4 * 32
     assert done.bits_per_byte == pytest.approx(done.loss / np.log(2), rel=1e-3) and done.source.endswith("held out")
     assert cli.main(["evaluate", str(config.run.path), "--max_batches=2"]) == 0
     out = capsys.readouterr().out
@@ -322,7 +322,7 @@ def test_the_loss_on_another_text(finished, tmp_path):
     (tmp_path / "other.txt").write_text("1 squared is 1.\n" * 200)
     options = experiment.EvaluateConfig(source=str(tmp_path / "other.txt"), batch_size=1, sequence_length=16)
     (done,) = experiment.evaluate(finished[0].run.path, options)
-    assert done.num_tokens == 200 * 16 and done.num_tokens_of_text == 200 * 16 + 1
+    assert done.count == 200 * 16 and done.size == 200 * 16 + 1
     with pytest.raises(DataError, match=r"There is no file or folder 'nowhere' \(--source\)"):
         experiment.evaluate(finished[0].run.path, experiment.EvaluateConfig(source="nowhere"))
     rows = [json.dumps({"body": f"{i} squared is {i * i}.\n" * 9}) for i in range(9)]
@@ -330,7 +330,7 @@ def test_the_loss_on_another_text(finished, tmp_path):
     with pytest.raises(DataError, match="has no field 'text'"):
         experiment.evaluate(finished[0].run.path, dataclasses.replace(options, source=str(tmp_path / "rows.jsonl")))
     options = dataclasses.replace(options, source=str(tmp_path / "rows.jsonl"), text_field="body")
-    assert experiment.evaluate(finished[0].run.path, options)[0].num_tokens > 1000
+    assert experiment.evaluate(finished[0].run.path, options)[0].count > 1000
 
 
 def test_a_batch_of_trouble_can_be_had_again_as_the_docs_say(finished, tmp_path):
@@ -774,7 +774,7 @@ def test_of_conversations_only_what_the_assistant_says_is_learned(tmp_path, caps
     assert first["loss"] != pytest.approx(float(losses.mean()), rel=1e-5)
     (done,) = experiment.evaluate(result.folder, experiment.EvaluateConfig())
     learned = [b for chat in chats for b in f"{chat[1]['content']}\n".encode()]
-    assert 0 < done.num_tokens < len(learned) and np.isfinite(done.loss)
+    assert 0 < done.count < len(learned) and np.isfinite(done.loss)
     run = experiment.load_run(result.folder)
     prompt = experiment.chat_tokenizer(run, result.folder).encode("Hi")
     assert bytes(prompt.tolist()) == b"[user]Hi\n[assistant]"

@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 from revjax.data import PackedRows
-from revjax.experiment import next_token_loss
-from revjax.models import Decoder, DecoderConfig, value_and_grad
+from revjax.models import Decoder, DecoderConfig, next_token_loss, value_and_grad
 
 from .data.texts import make_text
 

@@ -15,8 +15,7 @@ from revjax import experiment, value_and_grad
 from revjax.checkpoint import Checkpointer
 from revjax.config import load
 from revjax.errors import ConfigError
-from revjax.experiment import next_token_loss
-from revjax.models import Decoder, DecoderConfig
+from revjax.models import Decoder, DecoderConfig, next_token_loss
 from revjax.sharding import (
     MeshConfig,
     batch_sharding,

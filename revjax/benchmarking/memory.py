@@ -65,7 +65,7 @@ def memory(config: MemoryConfig) -> dict[str, int | str]:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params):
-            y = residual_stack(nnx.merge(graphdef, params, rest), x.astype(jnp.dtype(config.dtype)), rival)
+            y = residual_stack(nnx.merge(graphdef, params, rest).stack, x.astype(jnp.dtype(config.dtype)), rival)
             return jnp.mean(y.astype(jnp.float32) ** 2)
 
         return jax.grad(loss)(params)

@@ -22,8 +22,12 @@ def evaluate(argv: list[str]) -> int:
     experiment.use_compilation_cache("auto")
     setup()
     for done in experiment.evaluate(one_name(names, USAGE), options):
-        print(
-            f"{done.source}: {done.bits_per_byte:.4f} bits/byte, {done.loss:.4f} nats/token, perplexity "
-            f"{done.perplexity:.4g}, over {done.num_tokens:,} of {done.num_tokens_of_text:,} tokens"
-        )
+        if done.accuracy is not None:
+            what = f"accuracy {done.accuracy:.2%}, {done.loss:.4f} nats/image"
+            print(f"{done.source}: {what}, over {done.count:,} of {done.size:,} images")
+            continue
+        bits = "" if done.bits_per_byte is None else f"{done.bits_per_byte:.4f} bits/byte, "
+        what = f"{bits}{done.loss:.4f} nats/token, perplexity {done.perplexity:.4g}"
+        of = "" if done.bits_per_byte is None else f" of {done.size:,}"  # elsewhere, not every token is predicted
+        print(f"{done.source}: {what}, over {done.count:,}{of} tokens")
     return 0

@@ -26,7 +26,7 @@ def generate(argv: list[str]) -> int:
     experiment.use_compilation_cache("auto")
     setup()
     folder = one_name(names, USAGE)
-    run = experiment.load_run(folder)
+    run = experiment.load_language_model(folder)
     tokenizer = experiment.chat_tokenizer(run, folder) if options.chat else run.tokenizer
     if prompts is not None:
         for prompt, text in experiment.sample_texts(run.model, tokenizer, prompts, options):

@@ -41,7 +41,7 @@ def help_text(schema: type, *, prog: str, description: str) -> str:
             prog=prog,
             description=_MARK,
             use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),  # of a union, the default
         )
     _, _, options = out.getvalue().partition(_MARK)
     return intro + options

@@ -50,7 +50,11 @@ def type_name(schema: Any) -> str:
 
 
 def _fields(schema: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    """Those of a dataclass, or of all dataclasses of a union."""
+    if dataclasses.is_dataclass(schema):
+        return dataclasses.fields(schema)
+    is_union = typing.get_origin(schema) in (Union, types.UnionType)
+    return tuple(f for member in typing.get_args(schema) for f in _fields(member)) if is_union else ()
 
 
 def _build_dataclass(schema, value, path, default):
@@ -113,6 +117,14 @@ def _build_union(schema, args, value, path, default):
             if e.path != path:  # about something inside
                 raise
             raise _wrong(type_name(schema), value, path) from None
+    if isinstance(value.data, dict) and (told_apart := _tag(members)):
+        tag, by_tag = told_apart
+        if tag in value.data:
+            one_of: Any = Literal[*by_tag]
+            build(one_of, value.data[tag], _join(path, tag))  # or it is none of them
+        usual = next((m for m in members if isinstance(default, m)), members[0])
+        member = by_tag[value.data[tag].plain] if tag in value.data else usual
+        return build(member, value, path, default if isinstance(default, member) else MISSING)
     for member in members:
         fits = default if isinstance(member, type) and isinstance(default, member) else MISSING
         try:
@@ -120,6 +132,21 @@ def _build_union(schema, args, value, path, default):
         except ConfigError:
             continue
     raise _wrong(type_name(schema), value, path)
+
+
+def _tag(members: list) -> tuple[str, dict[str, type]] | None:
+    """The field by which dataclasses are told apart, each having one value of its own for it, and these by that value.
+
+    class Cat: kind: Literal["cat"] = "cat"        class Dog: kind: Literal["dog"] = "dog"
+    """
+    if not all(map(dataclasses.is_dataclass, members)):
+        return None
+    hints = [typing.get_type_hints(member) for member in members]
+    for name in hints[0]:
+        values = [typing.get_args(h[name]) for h in hints if typing.get_origin(h.get(name)) is Literal]
+        if len(values) == len(members) and all(len(v) == 1 for v in values) and len(set(values)) == len(members):
+            return name, {v[0]: member for v, member in zip(values, members, strict=True)}
+    return None
 
 
 def _build_literal(schema, args, value, path):

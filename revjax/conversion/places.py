@@ -48,8 +48,10 @@ def places(config: ModelConfig) -> Iterator[Place]:
         if not is_layer:
             yield Place(name, None, None, name, shape, 1)
             continue
-        of_decoder = isinstance(config, EncoderDecoderConfig) and tower == "decoder."
-        num_layers = config.decoder_layers if of_decoder else config.num_layers
+        of_decoder = tower == "decoder."
+        num_layers = config.num_layers
+        if isinstance(config, EncoderDecoderConfig) and of_decoder:
+            num_layers = config.decoder_layers
         branches = ("attention.", "cross.", "mlp.") if of_decoder else ("attention.", "mlp.")
         branches = ("",) if config.granularity == "block" else branches
         period = len(config.period)

@@ -7,7 +7,7 @@ Shapes: B batch, T sequence_length.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -17,61 +17,49 @@ from ..errors import DataError
 from .corpus import Corpus, Text
 from .rows import PackedRows
 
-Batch = dict[str, np.ndarray]  # int32: tokens (B, T + 1); segment_ids, positions, weights (B, T): see `PackedRows`
+# Of text, int32: tokens (B, T + 1); segment_ids, positions, weights (B, T): see `PackedRows`.
+Batch = dict[str, np.ndarray]
 
 
-class Batches:
+class RowBatches:
     """An endless iterator over training batches.
 
     Every source gives its rows in another order in each epoch of its own, and sources take turns by their shares.
 
     Args:
-      corpus: with a row at least in each source.
+      sources: of rows, each a dict of arrays of one shape in all; with one row at least in each.
+      shares: of the rows, of each source.
       batch_size: B, over all processes; each gets its part of every batch.
-      sequence_length: T.
       seed: of all that is random.
-      separate_documents: whether batches have segment_ids and positions (see `PackedRows`).
+      identity: what the batches depend on, as JSON has it.
       process: (index of this process, number of processes), which divides B.
-
-    >>> it = Batches(corpus, batch_size=16, sequence_length=256, seed=0)
-    >>> tokens = next(it)["tokens"]
-    >>> inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     """
+
+    sequence_length: int  # tokens of a row, as a model sees it
 
     def __init__(
         self,
-        corpus: Corpus,
+        sources: Sequence[Any],
+        shares: Sequence[float],
         *,
         batch_size: int,
-        sequence_length: int,
         seed: int,
-        separate_documents: bool = True,
+        identity: dict[str, Any],
         process: tuple[int, int] = (0, 1),
     ):
         index, count = process
-        if batch_size < 1 or sequence_length < 1:
-            raise ValueError(f"Sizes must be at least 1, but got {batch_size=} and {sequence_length=}.")
         if batch_size % count:
             raise DataError(f"{count} processes must divide data.batch_size, but got {batch_size}.")
-        sources = [
-            PackedRows(part.text, sequence_length, seed=(seed + i) % 2**32, separate_documents=separate_documents)
-            for i, part in enumerate(corpus.train)
-        ]
-        self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
+        self.batch_size, self.seed = batch_size, seed
         # Until every row of the source that lasts the shortest was given once.
-        self.rows_per_epoch = min(len(rows) / part.weight for rows, part in zip(sources, corpus.train))
+        self.rows_per_epoch = min(len(rows) / share for rows, share in zip(sources, shares, strict=True))
         shuffled = [
             grain.MapDataset.source(rows).seed((seed + i) % 2**32).shuffle().repeat() for i, rows in enumerate(sources)
         ]
-        mixed = grain.MapDataset.mix(shuffled, [part.weight for part in corpus.train]) if shuffled[1:] else shuffled[0]
+        mixed = grain.MapDataset.mix(shuffled, shares) if shuffled[1:] else shuffled[0]
         # Rows go on for ever. (For a remainder, grain counts in floats, and in batches of one row too far for an int.)
         self._dataset = mixed[index::count].batch(batch_size // count, drop_remainder=True)
-        self._identity = {
-            "text": corpus.fingerprint,
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
-            "seed": seed,
-        }
+        self._identity = identity
         self._iterator: Any = None
         self._move_to(0)
 
@@ -119,6 +107,49 @@ class Batches:
         self._iterator.close()
 
 
+class Batches(RowBatches):
+    """Batches of text. See `RowBatches`.
+
+    Args:
+      corpus: with a row at least in each source.
+      batch_size: B, over all processes; each gets its part of every batch.
+      sequence_length: T.
+      seed: of all that is random.
+      separate_documents: whether batches have segment_ids and positions (see `PackedRows`).
+      process: (index of this process, number of processes), which divides B.
+
+    >>> it = Batches(corpus, batch_size=16, sequence_length=256, seed=0)
+    >>> tokens = next(it)["tokens"]
+    >>> inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        separate_documents: bool = True,
+        process: tuple[int, int] = (0, 1),
+    ):
+        if batch_size < 1 or sequence_length < 1:
+            raise ValueError(f"Sizes must be at least 1, but got {batch_size=} and {sequence_length=}.")
+        self.sequence_length = sequence_length
+        sources = [
+            PackedRows(part.text, sequence_length, seed=(seed + i) % 2**32, separate_documents=separate_documents)
+            for i, part in enumerate(corpus.train)
+        ]
+        identity = {
+            "text": corpus.fingerprint,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "seed": seed,
+        }
+        shares = [part.weight for part in corpus.train]
+        super().__init__(sources, shares, batch_size=batch_size, seed=seed, identity=identity, process=process)
+
+
 def batch_shapes(
     batch_size: int, sequence_length: int, *, separate_documents: bool = True, weights: bool = False
 ) -> dict[str, tuple]:
@@ -146,7 +177,12 @@ def validation_batches(
             "add text, or set a smaller data.sequence_length."
         )
     rows = PackedRows(text, sequence_length, seed=None, separate_documents=separate_documents)
-    dataset = grain.MapDataset.source(rows).batch(min(batch_size, len(rows)), drop_remainder=True)
+    yield from in_order(rows, batch_size, max_batches, drop_remainder=True)
+
+
+def in_order(rows: Any, batch_size: int, max_batches: int | None, *, drop_remainder: bool) -> Iterator[Batch]:
+    """Yields `rows` in their order. Where there are fewer than `batch_size`, they are the only batch."""
+    dataset = grain.MapDataset.source(rows).batch(min(batch_size, len(rows)), drop_remainder=drop_remainder)
     for i in range(min(len(dataset), sys.maxsize if max_batches is None else max_batches)):
         yield _some(dataset[i])
 

@@ -1,6 +1,7 @@
 """Which text to train on, and how it is cut."""
 
 import dataclasses
+from typing import Literal
 
 STDLIB = "python-stdlib"  # a source: the library of the Python that runs
 BYTES = "bytes"  # a tokenizer
@@ -10,6 +11,7 @@ BYTES = "bytes"  # a tokenizer
 class DataConfig:
     """Which text to train on, and how it is cut."""
 
+    kind: Literal["text"] = "text"
     # A file, a folder, a glob ("notes/**/*.md"), or python-stdlib: the running Python's library. Several, each with its
     # share of the rows: {notes/: 3, web/*.jsonl.gz: 1}. Text, .jsonl, .parquet, and folders of Hugging Face datasets.
     source: dict[str, float] | str = STDLIB

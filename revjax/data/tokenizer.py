@@ -110,6 +110,14 @@ def byte_tokenizer_json() -> str:
     return tokenizer.to_str(pretty=True)
 
 
+def special_token(path: pathlib.Path, text: str) -> int | None:
+    """The token that `text` is in the tokenizer.json at `path`; None where there is none, or no such file."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path)).token_to_id(text)
+    except Exception:  # tokenizers raises nothing more special; whoever loads the tokenizer says what is wrong
+        return None
+
+
 class FileTokenizer:
     """A tokenizer.json, as Hugging Face's `tokenizers` writes it.
 

@@ -34,7 +34,6 @@ from .pretrained import from_hf as from_hf
 from .pretrained import to_hf as to_hf
 from .program import Program as Program
 from .program import bytes_of_step as bytes_of_step
-from .program import next_token_loss as next_token_loss
 from .program import stepper as stepper
 from .run import Result as Result
 from .run import run as run
@@ -42,9 +41,11 @@ from .samples import read_prompts as read_prompts
 from .samples import sample_text as sample_text
 from .samples import sample_texts as sample_texts
 from .samples import stream_text as stream_text
+from .trained import LanguageModel as LanguageModel
 from .trained import TrainedRun as TrainedRun
 from .trained import chat_tokenizer as chat_tokenizer
 from .trained import export as export
+from .trained import load_language_model as load_language_model
 from .trained import load_run as load_run
 from .versions import versions as versions
 from .words import announce as announce

@@ -72,7 +72,7 @@ def _changes(config: RunConfig, shapes: TrainState) -> Iterator[tuple[str, RunCo
     more = next((n for n in range(memory.accumulation + 1, most + 1) if rows % n == 0), None)
     if more is not None:
         yield f"--memory.accumulation={more}", _with(config, memory={"accumulation": more}), 0
-    for tile in tiles(config, rows * config.data.sequence_length // memory.accumulation)[1:2]:
+    for tile in tiles(config, rows * config.row_length // memory.accumulation)[1:2]:
         yield f"--model.loss_tile={tile}", _with(config, model={"loss_tile": tile}), 0
     for chunk in chunks(config)[1:2]:
         yield f"--model.mlp_chunk={chunk}", _with(config, model={"mlp_chunk": chunk}), 0

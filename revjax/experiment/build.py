@@ -14,12 +14,11 @@ import jax
 from flax import nnx
 
 from ..checkpoint import Checkpointer
-from ..data import Batches, Corpus, Tokenizer, find_texts, load_corpus, load_template, load_tokenizer
-from ..errors import ConfigError, DamagedCheckpointError, DataError
-from ..generation.decode import check_prompt
+from ..data import Corpus, Images, RowBatches
+from ..errors import ConfigError, DamagedCheckpointError
 from ..logging import get_logger
 from ..memory import device_bytes
-from ..models import CheckReport, Decoder, check
+from ..models import CheckReport, EncoderDecoderConfig, VisionConfig, check, loss_of, make_model
 from ..training import (
     RunFolder,
     Skeleton,
@@ -34,7 +33,8 @@ from .config import FREE, RunConfig
 from .devices import Devices
 from .plan_report import in_bytes
 from .planning import cost_of, levels_of, settled
-from .program import Program, next_token_loss
+from .program import Program
+from .reading import reading_of
 from .trained import check_start, has_checkpoints
 
 _HOPELESS = 4  # times the memory that is free: counts by hand are not that far off
@@ -46,13 +46,13 @@ class Experiment:
 
     config: RunConfig
     folder: RunFolder
-    corpus: Corpus
-    batches: Batches
+    corpus: Corpus | Images
+    batches: RowBatches
     skeleton: Skeleton
     state: TrainState
     train_step: Any  # compiled: (state, batch) -> (state, metrics)
     devices: Devices
-    eval_step: Any  # (params, batch) -> (sum of losses, sum of weights)
+    eval_step: Any  # (params, batch) -> what the loss returns: sums of losses and of weights
     run_id: str  # the same whenever the run goes on from a checkpoint of its own
     damaged: dict[int, DamagedCheckpointError]  # checkpoints later than the one that the run continues from
 
@@ -83,11 +83,10 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     knows_steps = config.training.epochs is None
     check_installed(config.training)
     devices = Devices.of(config)
-    tokenizer, files = _tokenizer(config), find_texts(config.data)
-    load_template(config.data)
+    reading = reading_of(config)
     make_optimizer(config.optimizer, make_schedule(config.optimizer, config.training.steps))
     if config.training.start_from is not None and not has_checkpoints(config.run.path):
-        check_start(config.training.start_from, config.model, tokenizer)
+        check_start(config.training.start_from, config.model, reading.tokenizer)
     config, made = settled(config)
     devices = Devices.of(config)  # micro-batches may be others now
     if knows_steps:  # before any work, and after what may be wrong with the configuration alone
@@ -97,14 +96,8 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
     background = ThreadPoolExecutor(1, "compile")
     try:
         program, compiled = _compiling(config, devices, made, background, dry) if knows_steps else (None, None)
-        corpus = load_corpus(config.data, tokenizer, files)
-        rows = Batches(
-            corpus,
-            batch_size=config.data.batch_size,
-            sequence_length=config.data.sequence_length,
-            separate_documents=config.data.separate_documents,
-            seed=config.training.seed,
-        )
+        corpus = reading.load()
+        rows = reading.batches(corpus)
         config = config.for_epochs_of(rows.rows_per_epoch)
         folder = RunFolder(config.run.path, config, ignore=FREE, allow=allow_change)
         if program is None or compiled is None:
@@ -116,14 +109,14 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
         if not dry:
             other_data = any(name.startswith("data.") or name == "training.seed" for name in allow_change)
             if Checkpointer(folder.checkpoints).latest_step() is None:
-                state = program.begin(config.training.start_from, tokenizer)
+                state = program.begin(config.training.start_from, reading.tokenizer)
             else:
                 state, meta, damaged = _latest(program.shapes, folder, rows, other_data)
         train_step = compiled.result()
         get_logger(__name__).info("the training step is ready after %.0f s", time.perf_counter() - started)
     finally:
         background.shutdown(wait=False)
-    eval_step = jax.jit(make_eval_step(program.skeleton, next_token_loss))
+    eval_step = jax.jit(make_eval_step(program.skeleton, loss_of(config.model)))
     return Experiment(
         config=config,
         folder=folder,
@@ -174,24 +167,7 @@ def _is_of(meta: dict[str, Any], config: RunConfig) -> bool:
     return "run_id" in meta and meta["config"]["run"]["name"] == config.run.name
 
 
-def _tokenizer(config: RunConfig) -> Tokenizer:
-    """That of `config`; raises a `RevjaxError` where the model's vocabulary, or the prompt, does not fit it."""
-    tokenizer = load_tokenizer(config.data)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, but the model knows "
-            f"{config.model.vocab_size}. Set --model.vocab_size={tokenizer.vocab_size}."
-        )
-    if config.training.sample_prompt:
-        try:
-            prompt = tokenizer.encode(config.training.sample_prompt)
-            check_prompt(prompt[None], config.training.sample_tokens, config.model)
-        except ValueError as e:
-            raise ConfigError(f"training.sample_prompt {config.training.sample_prompt!r}: {e}") from None
-    return tokenizer
-
-
-def _latest(shapes: TrainState, folder: RunFolder, rows: Batches, other_data: bool) -> tuple[TrainState, dict, dict]:
+def _latest(shapes: TrainState, folder: RunFolder, rows: RowBatches, other_data: bool) -> tuple[TrainState, dict, dict]:
     """The state of the latest checkpoint that is whole, its meta, and what is wrong with later ones.
 
     Moves `rows` to where it was.
@@ -204,8 +180,16 @@ def _latest(shapes: TrainState, folder: RunFolder, rows: Batches, other_data: bo
 
 
 def check_model(config: RunConfig) -> CheckReport:
-    """Checks the model of `config`, untrained, on two rows of random tokens."""
+    """Checks the model of `config`, untrained, on two rows of random tokens, or images."""
     plan = levels_of(config)[0] if config.memory.is_open else config.memory.plan
-    model = Decoder(config.model, plan=plan, rngs=nnx.Rngs(config.training.seed))
-    size, key = (2, min(config.data.sequence_length, 128)), jax.random.key(config.training.seed)
-    return check(model, jax.random.randint(key, size, 0, config.model.vocab_size), key=jax.random.fold_in(key, 1))
+    shape = config.model
+    model = make_model(shape, plan=plan, rngs=nnx.Rngs(config.training.seed))
+    key = jax.random.key(config.training.seed)
+    example: Any
+    if isinstance(shape, VisionConfig):
+        example = jax.random.normal(key, (2, shape.image_size, shape.image_size, shape.channels))
+    else:
+        example = jax.random.randint(key, (2, min(config.row_length, 128)), 0, shape.vocab_size)
+    if isinstance(shape, EncoderDecoderConfig):
+        example = (example, example)  # source and target
+    return check(model, example, key=jax.random.fold_in(key, 1))

@@ -7,10 +7,10 @@ import pathlib
 from ..core import parse_coupling
 from ..core.plan import Reverse, keeps
 from ..core.plan import parse as parse_plan
-from ..data import DataConfig
+from ..data import DataConfig, ImagesConfig
 from ..errors import ConfigError
 from ..generation import Sampling
-from ..models import DecoderConfig
+from ..models import DecoderConfig, EncoderConfig, ModelConfig, VisionConfig
 from ..sharding import MeshConfig
 from ..training import OptimizerConfig, TrainingConfig
 
@@ -83,19 +83,30 @@ class RunConfig:
     """Everything that a run depends on, but for the text itself."""
 
     run: FolderConfig = FolderConfig()
-    model: DecoderConfig = DecoderConfig()
-    data: DataConfig = DataConfig()
+    model: ModelConfig = DecoderConfig()  # of another family with `family: encoder`, vision or encoder-decoder
+    data: DataConfig | ImagesConfig = DataConfig()  # of images with `kind: images`
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     memory: MemoryConfig = MemoryConfig()
     mesh: MeshConfig = MeshConfig()
 
     @property
+    def row_length(self) -> int:
+        """Tokens of a row, as the model sees it."""
+        return self.model.num_tokens if isinstance(self.model, VisionConfig) else self._text.sequence_length
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens that one update predicts."""
-        return self.data.batch_size * self.data.sequence_length
+        """Tokens of the rows of one update."""
+        return self.data.batch_size * self.row_length
+
+    @property
+    def sample_prompt(self) -> str:
+        """What a sample continues; "" where there is none, or the model generates no text."""
+        return self.training.sample_prompt if isinstance(self.model, DecoderConfig) else ""
 
     def __post_init__(self):
+        self._check_family()
         object.__setattr__(self, "optimizer", self.optimizer.in_steps(self.tokens_per_step))
         if self.training.tokens is not None:
             steps = -(-self.training.tokens // self.tokens_per_step)
@@ -109,11 +120,33 @@ class RunConfig:
             self._check_in_backward(self.optimizer.in_backward)
         if not self.memory.is_open:
             self._check_plan()
-        if self.model.positions == "learned" and self.model.max_length < self.data.sequence_length:
+        self._check_positions()
+
+    @property
+    def _text(self) -> DataConfig:
+        assert isinstance(self.data, DataConfig)
+        return self.data
+
+    def _check_positions(self) -> None:
+        model = self.model
+        if not isinstance(model, DecoderConfig | EncoderConfig) or model.positions != "learned":
+            return
+        if model.max_length < self._text.sequence_length:
             raise ConfigError(
-                f"Learned positions end at model.max_length={self.model.max_length}, but data.sequence_length is "
-                f"{self.data.sequence_length}. Set --model.max_length={self.data.sequence_length}."
+                f"Learned positions end at model.max_length={model.max_length}, but data.sequence_length is "
+                f"{self._text.sequence_length}. Set --model.max_length={self._text.sequence_length}."
             )
+
+    def _check_family(self) -> None:
+        family = self.model.family
+        if isinstance(self.model, VisionConfig) != isinstance(self.data, ImagesConfig):
+            wanted, got = ("images", "text") if family == "vision" else ("text", "images")
+            raise ConfigError(
+                f"model.family {family} reads {wanted}, but data.kind is {got}. Set data.kind to {wanted}, or take "
+                f"another model.family ({'vision' if got == 'images' else 'decoder'})."
+            )
+        if isinstance(self.data, DataConfig) and self.data.chat_template and not isinstance(self.model, DecoderConfig):
+            raise ConfigError(f"data.chat_template is for decoders, and model.family is {family}: leave it out.")
 
     def _check_in_backward(self, how: str) -> None:
         if self.memory.accumulation > 1:

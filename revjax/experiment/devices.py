@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from ..errors import ConfigError
-from ..models import DecoderConfig
+from ..models import ModelConfig, VisionConfig
 from ..sharding import batch_sharding, constrain_rows, gather_layer, make_mesh, shard_batch, state_shardings
 from ..training import TrainState
 from .config import RunConfig
@@ -42,11 +42,13 @@ class Devices:
 
     @property
     def hooks(self) -> dict[str, Callable]:
-        """What a `Decoder` needs to know of the mesh."""
+        """What a model needs to know of the mesh."""
         return {} if self.mesh is None else {"constrain": constrain_rows(self.mesh), "gather": gather_layer(self.mesh)}
 
-    def model(self, config: DecoderConfig) -> DecoderConfig:
+    def model(self, config: ModelConfig) -> ModelConfig:
         """With a tile of the loss for each device: after each tile, the head's gradient is summed over all of them."""
+        if isinstance(config, VisionConfig):  # it has few logits
+            return config
         return dataclasses.replace(config, loss_tile=config.loss_tile * self.count)
 
     def shapes_of_state(self, state: TrainState) -> TrainState:
@@ -55,9 +57,8 @@ class Devices:
             return state
         return jax.tree.map(_placed, state, state_shardings(state, self.mesh))
 
-    def shapes_of_batch(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of int32 arrays of these `shapes`, as `deal` deals it out."""
-        batch = {name: jax.ShapeDtypeStruct(shape, "int32") for name, shape in shapes.items()}
+    def shapes_of_batch(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of these shapes, as `deal` deals it out."""
         if self.mesh is None:
             return batch
         return {name: _placed(x, batch_sharding(x.shape, self.mesh)) for name, x in batch.items()}

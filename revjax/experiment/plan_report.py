@@ -13,7 +13,7 @@ def settings(choice: Choice) -> dict[str, str]:
     return {
         "memory.plan": choice.plan,
         "memory.accumulation": str(choice.accumulation),
-        "model.loss_tile": str(choice.loss_tile),
+        **({} if choice.loss_tile is None else {"model.loss_tile": str(choice.loss_tile)}),
         "model.mlp_chunk": "null" if choice.mlp_chunk is None else str(choice.mlp_chunk),
     }
 
@@ -33,16 +33,16 @@ def describe_plan(config: RunConfig, found: Found, sizes: dict[str, str] | None 
     near = shown[max(i - 4, 0) : i + 5]
     rows = [("", "plan", "micro-batches", "loss tile", "MLP chunk", "memory", "", "time")]
     for c in near:
-        chunk = "-" if c.choice.mlp_chunk is None else f"{c.choice.mlp_chunk:,}"
+        tile, chunk = ("-" if n is None else f"{n:,}" for n in (c.choice.loss_tile, c.choice.mlp_chunk))
         how = "compiled" if c.measured is not None else "estimate"
-        cells = (c.choice.plan, str(c.choice.accumulation), f"{c.choice.loss_tile:,}", chunk, in_bytes(c.bytes), how)
+        cells = (c.choice.plan, str(c.choice.accumulation), tile, chunk, in_bytes(c.bytes), how)
         rows.append((">" if c is chosen else "", *cells, f"{c.time / fastest:.2f}"))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     compiled = sum(c.measured is not None for c in found.candidates)
     lines = {
         "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.dtype}, coupling {model.coupling}; "
-        f"{data.batch_size} x {data.sequence_length:,} tokens",
+        f"{data.batch_size} x {config.row_length:,} tokens",
         "budget": f"{in_bytes(found.budget)} of a device, for everything: parameters, optimizer, step",
         "looked at": f"{len(found.candidates)} plans, of which {compiled} compiled; memory of the others, and all "
         "times (relative), are estimates",
@@ -72,7 +72,8 @@ def describe_choice(choice: Choice) -> str:
     """ "plan nothing, 4 micro-batches, 128 tokens of logits"."""
     chunk = "" if choice.mlp_chunk is None else f", {choice.mlp_chunk} tokens of the MLP"
     several = f", {choice.accumulation} micro-batches" if choice.accumulation > 1 else ""
-    return f"plan {choice.plan}{several}, {choice.loss_tile} tokens of logits{chunk}"
+    tile = "" if choice.loss_tile is None else f", {choice.loss_tile} tokens of logits"
+    return f"plan {choice.plan}{several}{tile}{chunk}"
 
 
 def in_bytes(n: float) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 import jax
 
 from ..core import parse_coupling
+from ..data import DataConfig, ImagesConfig
 from ..errors import ConfigError, nearest
 from ..logging import get_logger
 from ..memory import Candidate, Choice, Cost, Found, budget_bytes, knee, known_hardware, search, step_cost
 from ..memory import largest as largest_size
+from ..models import DecoderConfig, EncoderConfig, VisionConfig
 from ..training import TrainState, read_config
 from .config import MemoryConfig, RunConfig
 from .devices import Devices
@@ -79,6 +81,8 @@ def largest(
     if budget in ("aggressive", "balanced"):
         raise ConfigError(f"The largest {what} needs a budget in bytes, or a part of the device, but got {budget!r}.")
     allowed = budget_bytes(budget, hardware)
+    if what == "context" and isinstance(config.data, ImagesConfig):
+        raise ConfigError("The context of images is as long as they have patches: ask for layers or batch.")
     unit = {"context": 128, "layers": 1, "batch": Devices.of(config).count}[what]
     tried: dict[int, tuple[RunConfig, Found]] = {}
 
@@ -93,7 +97,7 @@ def largest(
         tried[size] = sized, dataclasses.replace(found, budget=allowed)
         return found.budget
 
-    start = {"context": config.data.sequence_length, "layers": config.model.num_layers, "batch": config.data.batch_size}
+    start = {"context": config.row_length, "layers": config.model.num_layers, "batch": config.data.batch_size}
     found = largest_size(bytes_of, allowed, start=start[what], unit=unit)
     if found is None:
         sized, at = tried[min(tried)]
@@ -101,8 +105,8 @@ def largest(
         raise _nothing_fits(sized, at.chosen, allowed)
     sized, at = tried[found[0]]
     given = {SIZES[what]: str(found[0])}
-    if sized.model.max_length != config.model.max_length:
-        given["model.max_length"] = str(sized.model.max_length)
+    if (longest := _max_length(sized)) != _max_length(config):
+        given["model.max_length"] = str(longest)
     return sized, at, given
 
 
@@ -139,8 +143,14 @@ def settled(config: RunConfig) -> tuple[RunConfig, tuple[Program, Any] | None]:
 def with_choice(config: RunConfig, choice: Choice) -> RunConfig:
     """`config` with what was chosen."""
     memory = dataclasses.replace(config.memory, plan=choice.plan, accumulation=choice.accumulation)
-    model = dataclasses.replace(config.model, loss_tile=choice.loss_tile, mlp_chunk=choice.mlp_chunk)
+    tile = {} if choice.loss_tile is None else {"loss_tile": choice.loss_tile}
+    model = dataclasses.replace(config.model, mlp_chunk=choice.mlp_chunk, **tile)
     return dataclasses.replace(config, memory=memory, model=model)
+
+
+def _max_length(config: RunConfig) -> int | None:
+    """Of learned positions of text."""
+    return config.model.max_length if isinstance(config.model, DecoderConfig | EncoderConfig) else None
 
 
 def _sized(config: RunConfig, what: str, size: int) -> RunConfig:
@@ -149,8 +159,9 @@ def _sized(config: RunConfig, what: str, size: int) -> RunConfig:
     if what == "layers":
         model = dataclasses.replace(model, num_layers=size)
     elif what == "context":
+        assert isinstance(data, DataConfig)
         data = dataclasses.replace(data, sequence_length=size)
-        if model.positions == "learned":
+        if isinstance(model, DecoderConfig | EncoderConfig) and model.positions == "learned":
             model = dataclasses.replace(model, max_length=max(size, model.max_length))
     else:
         data = dataclasses.replace(data, batch_size=size)
@@ -180,7 +191,7 @@ def candidates(config: RunConfig, hardware: str | None = None) -> Iterator[Candi
     levels = levels_of(config)
     shapes = Program.of(with_plan(levels[0]), devices).shapes
     plans = levels + _in_parts(levels, config.model.run_lengths)
-    rows, length = config.data.batch_size // devices.count, config.data.sequence_length
+    rows, length = config.data.batch_size // devices.count, config.row_length
     most = 1 if config.optimizer.in_backward is not None else rows
     for accumulation in (n for n in range(1, most + 1) if rows % n == 0):
         for loss_tile in tiles(config, rows * length // accumulation):
@@ -197,16 +208,22 @@ def cost_of(config: RunConfig, shapes: TrainState, devices: Devices, hardware: s
     cost = step_cost(
         config.model,
         config.data.batch_size // devices.count,
-        config.data.sequence_length,
+        config.row_length,
         plan=config.memory.plan,
         accumulation=config.memory.accumulation,
         num_params=sum(on_device(x) for x in jax.tree.leaves(shapes.params)),
-        num_updated=sum(on_device(x) for x in jax.tree.leaves(shapes.params["stack"])) if in_backward else 0,
+        num_updated=sum(map(on_device, _of_stacks(shapes.params))) if in_backward else 0,
         num_frozen=sum(on_device(x) for x in jax.tree.leaves(shapes.frozen)),
         state_bytes=sum(on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(shapes)),
         balance=None if hardware is None else known_hardware(hardware).balance,
     )
     return dataclasses.replace(cost, time=2 * cost.time) if config.optimizer.in_backward == "two_sweeps" else cost
+
+
+def _of_stacks(params: dict[str, Any]) -> list[jax.ShapeDtypeStruct]:
+    """Those that layers of stacks have."""
+    inside = lambda name, x: jax.tree.leaves(x) if name == "stack" else _of_stacks(x) if isinstance(x, dict) else []
+    return [leaf for name, x in params.items() for leaf in inside(name, x)]
 
 
 def levels_of(config: RunConfig) -> list[str]:
@@ -225,8 +242,10 @@ def on_device(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
 
 
-def tiles(config: RunConfig, tokens: int) -> list[int]:
-    """How many of `tokens` tokens may have logits at one time: as many as the config says, or fewer."""
+def tiles(config: RunConfig, tokens: int) -> list[int] | list[None]:
+    """How many of `tokens` tokens may have logits at one time: as many as the config says, or fewer. None: all have."""
+    if isinstance(config.model, VisionConfig):
+        return [None]
     return _halvings(min(config.model.loss_tile, tokens), _SMALLEST_TILE)
 
 
@@ -234,7 +253,7 @@ def chunks(config: RunConfig) -> list[int | None]:
     """How many tokens may have a hidden layer of the MLP at one time: as many as the config says, or fewer."""
     if config.model.granularity == "block":
         return [None]
-    longest = config.model.mlp_chunk or config.data.sequence_length
+    longest = config.model.mlp_chunk or config.row_length
     return [config.model.mlp_chunk, *list(_halvings(longest, _SMALLEST_CHUNK))[1:]]
 
 
@@ -262,4 +281,5 @@ class _Compiler:
 
 
 def _choice_of(config: RunConfig) -> Choice:
-    return Choice(config.memory.plan, config.memory.accumulation, config.model.loss_tile, config.model.mlp_chunk)
+    tile = None if isinstance(config.model, VisionConfig) else config.model.loss_tile
+    return Choice(config.memory.plan, config.memory.accumulation, tile, config.model.mlp_chunk)

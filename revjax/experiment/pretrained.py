@@ -27,10 +27,20 @@ from ..conversion import (
     write_pretrained,
 )
 from ..core import parse_coupling
-from ..data import BYTE_0, BYTES, SEPARATORS, DataConfig, Tokenizer, byte_tokenizer_json, load_tokenizer
+from ..data import (
+    BYTE_0,
+    BYTES,
+    SEPARATORS,
+    DataConfig,
+    ImagesConfig,
+    Tokenizer,
+    byte_tokenizer_json,
+    load_tokenizer,
+    special_token,
+)
 from ..errors import CheckpointError, ConfigError, DataError
 from ..logging import get_logger
-from ..models import DecoderConfig
+from ..models import DecoderConfig, EncoderConfig, ModelConfig, VisionConfig
 from ..training import read_config
 from .config import FolderConfig, MemoryConfig, RunConfig
 from .fidelity import (
@@ -48,8 +58,10 @@ from .trained import PARAMETERS, TOKENIZER, has_checkpoints, named, read_file, r
 from .versions import versions
 
 PRETRAINED = "huggingface"  # what came with the parameters and goes out with them again: configs, tokenizer
+IMAGES = "preprocessor_config.json"  # how images are scaled
 _KEPT = (
     *(CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.txt", "spiece.model", IMAGES),
     *("chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 
@@ -91,15 +103,10 @@ def from_hf(source: str | os.PathLike, config: FromHFConfig) -> tuple[RunConfig,
     found = open_pretrained(pathlib.Path(source))
     output = pathlib.Path(config.output).expanduser()
     model = _reversible(found, config)
-    tokenizer = _check_tokenizer(found.folder, model)
     run = RunConfig(
         run=FolderConfig(name=output.name, folder=str(output.parent)),
         model=model,
-        data=DataConfig(
-            tokenizer=str(output / TOKENIZER),
-            separator=tokenizer,
-            sequence_length=min(found.config.max_length, 1024),
-        ),
+        data=_data(found.folder, model, output),
         memory=MemoryConfig(plan="nothing" if parse_coupling(model.coupling).reversible else "inputs"),
     )
     with _new_folder(output) as folder:
@@ -117,7 +124,8 @@ def from_hf(source: str | os.PathLike, config: FromHFConfig) -> tuple[RunConfig,
         for name in _KEPT:
             if (found.folder / name).is_file():
                 shutil.copyfile(found.folder / name, folder / PRETRAINED / name)
-        shutil.copyfile(found.folder / TOKENIZER, folder / TOKENIZER)
+        if not isinstance(model, VisionConfig):
+            shutil.copyfile(found.folder / TOKENIZER, folder / TOKENIZER)
         header = f"# {versions()}, from {found.family.architecture} in {found.folder}\n"
         (folder / "config.yaml").write_text(header + dump(run), encoding="utf-8")
     return run, fidelity
@@ -127,16 +135,18 @@ def describe_from_hf(source: str | os.PathLike, run: RunConfig, fidelity: Fideli
     """What `from_hf` made, how far it is from the source, and what can be done with it."""
     model, folder = run.model, run.run.path
     measured = "" if fidelity is None else ", fidelity.json, fidelity.png"
+    knows = f"{model.num_classes:,} classes" if isinstance(model, VisionConfig) else f"vocabulary {model.vocab_size:,}"
+    tokenizer = "" if isinstance(model, VisionConfig) else f", {TOKENIZER}"
+    generates = isinstance(model, DecoderConfig)
     lines = {
-        "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads, vocabulary "
-        f"{model.vocab_size:,}, from {source}",
+        "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads, {knows}, from {source}",
         "coupling": f"{model.coupling}, {model.granularity} by {model.granularity}, "
         f"{'exact' if model.exact else 'float'} streams of {model.fraction_bits} fraction bits, {model.dtype}",
         "report": "" if fidelity is None else describe_fidelity(fidelity),
-        "written": f"{folder}/: config.yaml, {PARAMETERS}, {TOKENIZER}, {PRETRAINED}/{measured}",
-        "on": f"python scripts/generate.py {folder} --prompt='...'",
-        "": f"python scripts/train.py {folder}/config.yaml --run.name={run.run.name}-tuned "
-        f"--training.start_from={folder} --data.source=TEXT",
+        "written": f"{folder}/: config.yaml, {PARAMETERS}{tokenizer}, {PRETRAINED}/{measured}",
+        "on": f"python scripts/generate.py {folder} --prompt='...'" if generates else "",
+        "" if generates else "on": f"python scripts/train.py {folder}/config.yaml --run.name={run.run.name}-tuned "
+        f"--training.start_from={folder} --data.source={'IMAGES' if isinstance(model, VisionConfig) else 'TEXT'}",
     }
     return "\n".join(text if name == "report" else f"{name:<12} {text}" for name, text in lines.items() if text)
 
@@ -166,18 +176,21 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> tuple[str, Departure
         assert params is not None
         found = departure(model, params, probe(_tokenizer_of(run, source), model), dtype)
     with _new_folder(output) as folder:
-        more = {} if like else {"eos_token_id": _tokenizer_of(run, source).separator}
+        tokenizer = _tokenizer_of(run, source)
+        more = {} if like or tokenizer is None else {"eos_token_id": tokenizer.separator}
         family = write_pretrained(model, read, folder, like=like, more=more, dtype=dtype)
         for name in _KEPT:
             if name != CONFIG and (source / PRETRAINED / name).is_file():
                 shutil.copyfile(source / PRETRAINED / name, folder / name)
-        if run.data.tokenizer == BYTES:
+        if isinstance(run.data, ImagesConfig):
+            pass
+        elif run.data.tokenizer == BYTES:
             (folder / TOKENIZER).write_text(byte_tokenizer_json(), encoding="utf-8")
             fast = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": BYTE_0}
             (folder / "tokenizer_config.json").write_text(json.dumps(fast, indent=2) + "\n")
         elif not (folder / TOKENIZER).exists():
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
-    return family.architecture, found
+    return family.architecture_of(model), found
 
 
 def keep_pretrained(source: str | os.PathLike, folder: pathlib.Path) -> None:
@@ -190,13 +203,16 @@ def keep_pretrained(source: str | os.PathLike, folder: pathlib.Path) -> None:
         temporary.rename(new)
 
 
-def _measured(found: Pretrained, model: DecoderConfig, folder: pathlib.Path) -> tuple[Fidelity, DecoderConfig]:
+def _measured(found: Pretrained, model: ModelConfig, folder: pathlib.Path) -> tuple[Fidelity, ModelConfig]:
     """How far `model`, with the parameters in `folder`, is from `found`; and `model` with streams wide enough."""
     log = get_logger(__name__)
-    tokenizer = load_tokenizer(DataConfig(tokenizer=str(found.folder / TOKENIZER), separator=_separator(found.folder)))
+    tokenizer = None
+    if not isinstance(model, VisionConfig):
+        path, separator = str(found.folder / TOKENIZER), _separator(found.folder)
+        tokenizer = load_tokenizer(DataConfig(tokenizer=path, separator=separator))
     tokens, params = probe(tokenizer, model), read_file(folder / PARAMETERS, model)
     log.info("logits by transformers")
-    logits, no_logits = source_logits(found.folder, tokens)
+    logits, no_logits = source_logits(found.folder, tokens, model)
     log.info("logits and gradients of the networks in between")
     fidelity = measure(model, params, tokens, logits, no_logits)
     bits = fitting_fraction_bits(model, max(fidelity.largest_x))
@@ -232,7 +248,13 @@ def _check_fidelity(found: Fidelity, config: FromHFConfig) -> None:
         )
 
 
-def _reversible(found: Pretrained, config: FromHFConfig) -> DecoderConfig:
+def _reversible(found: Pretrained, config: FromHFConfig) -> ModelConfig:
+    """The reversible network of `config`; raises `ConfigError` where it cannot be, or a run could not train it."""
+    if isinstance(found.config, EncoderConfig) and not found.config.head:
+        raise ConfigError(
+            f"{found.folder} has no head, so a run has nothing to train it for: take a checkpoint of "
+            f"{found.family.architecture}. (revjax.conversion.open_pretrained reads it as it is.)"
+        )
     try:
         model = dataclasses.replace(
             found.config,
@@ -241,6 +263,7 @@ def _reversible(found: Pretrained, config: FromHFConfig) -> DecoderConfig:
             exact=config.exact,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
+            **_of_other_files(found),
         )
         # The pretrained head reads the last stream.
         order = parse_coupling(model.coupling).for_step(None).order
@@ -251,8 +274,33 @@ def _reversible(found: Pretrained, config: FromHFConfig) -> DecoderConfig:
         raise ConfigError(str(e)) from None
 
 
-def _check_tokenizer(folder: pathlib.Path, model: DecoderConfig) -> str | None:
+def _of_other_files(found: Pretrained) -> dict[str, Any]:
+    """Fields of the model that are not said by its config.json: what hides tokens, how images are scaled."""
+    if isinstance(found.config, EncoderConfig):
+        mask = special_token(found.folder / TOKENIZER, "[MASK]")
+        return {} if mask is None else {"mask_token": mask}
+    path = found.folder / IMAGES
+    if not isinstance(found.config, VisionConfig) or not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        scale = {ours: tuple(map(float, said[ours])) for ours in ("image_mean", "image_std") if ours in said}
+    except (OSError, ValueError, TypeError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e}.") from None
+    return scale
+
+
+def _data(folder: pathlib.Path, model: ModelConfig, output: pathlib.Path) -> DataConfig | ImagesConfig:
+    if isinstance(model, VisionConfig):
+        return ImagesConfig()
+    separator = _check_tokenizer(folder, model)
+    longest = model.max_length if isinstance(model, DecoderConfig | EncoderConfig) else 512
+    return DataConfig(tokenizer=str(output / TOKENIZER), separator=separator, sequence_length=min(longest, 1024))
+
+
+def _check_tokenizer(folder: pathlib.Path, model: ModelConfig) -> str | None:
     """Returns the token between documents, where it is not one of the usual ones; raises `DataError` for none."""
+    assert not isinstance(model, VisionConfig)
     if not (folder / TOKENIZER).is_file():
         raise DataError(
             f"{folder} has no {TOKENIZER}. With transformers: AutoTokenizer.from_pretrained(FOLDER)"
@@ -278,8 +326,10 @@ def _separator(folder: pathlib.Path) -> str | None:
     return token if isinstance(token, str) and token not in SEPARATORS else None
 
 
-def _tokenizer_of(run: RunConfig, folder: pathlib.Path) -> Tokenizer:
-    """That of a run, as it lies in its folder."""
+def _tokenizer_of(run: RunConfig, folder: pathlib.Path) -> Tokenizer | None:
+    """That of a run, as it lies in its folder; None where it reads images."""
+    if isinstance(run.data, ImagesConfig):
+        return None
     is_bytes = run.data.tokenizer == BYTES
     return load_tokenizer(run.data if is_bytes else dataclasses.replace(run.data, tokenizer=str(folder / TOKENIZER)))
 

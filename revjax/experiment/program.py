@@ -1,16 +1,15 @@
 """The step of a run, before anything is allocated or read."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from ..data import ByteTokenizer, Tokenizer, batch_shapes
+from ..data import Tokenizer
 from ..errors import ConfigError
-from ..models import Decoder, without_adapters
+from ..models import VisionConfig, make_model, without_adapters
 from ..training import (
     Skeleton,
     TrainState,
@@ -25,21 +24,8 @@ from ..training import (
 )
 from .config import RunConfig
 from .devices import Devices
+from .reading import batch_of, training_loss
 from .trained import parameters_of
-
-
-def next_token_loss(
-    model: Any, batch: dict[str, jax.Array], key: jax.Array | None, *, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses in nats, number of tokens) of predicting each of the tokens (B, T + 1) but the first of a row.
-
-    With weights (B, T) in `batch`, only of those whose weight is 1. `model` is a language model with a `loss`, such as
-    `Decoder`; what else is in `batch` (segment_ids, positions) goes to it.
-    """
-    more = dict(batch)
-    tokens = more.pop("tokens")
-    weights = more.pop("weights", None)
-    return model.loss(tokens[:, :-1], tokens[:, 1:], weights, key=key, z_loss=z_loss, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Program:
     """The step of a run, ready to be compiled, and how its state is made. Needs no text."""
 
     devices: Devices
-    make_model: Callable[[], Decoder]
+    make_model: Callable[[], nnx.Module]
     start: Callable[[dict[str, Any]], TrainState]  # from all parameters
     skeleton: Skeleton
     shapes: TrainState  # without values, but with shardings
@@ -56,12 +42,12 @@ class Program:
 
     @staticmethod
     def of(config: RunConfig, devices: Devices) -> "Program":
-        training, data = config.training, config.data
+        training = config.training
         param_key, step_key = jax.random.split(jax.random.key(training.seed))
-        make_model = lambda: Decoder(
+        make = lambda: make_model(
             devices.model(config.model), plan=config.memory.plan, **devices.hooks, rngs=nnx.Rngs(param_key)
         )
-        skeleton, values = split_abstract(make_model)
+        skeleton, values = split_abstract(make)
         schedule = make_schedule(config.optimizer, training.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
 
@@ -80,7 +66,7 @@ class Program:
         shapes = devices.shapes_of_state(jax.eval_shape(start, values))
         step = make_train_step(
             skeleton,
-            functools.partial(next_token_loss, z_loss=training.z_loss),
+            training_loss(config),
             optimizer,
             schedule=schedule,
             on_trouble=training.on_trouble,
@@ -89,27 +75,20 @@ class Program:
             spike_sigmas=training.spike_sigmas,
             in_backward=config.optimizer.in_backward,
         )
-        batch = devices.shapes_of_batch(
-            batch_shapes(
-                data.batch_size,
-                data.sequence_length,
-                separate_documents=data.separate_documents,
-                weights=data.chat_template is not None,
-            )
-        )
+        batch = devices.shapes_of_batch(batch_of(config))
         try:
             lowered = devices.jit(step, shapes).lower(shapes, batch)
         except ValueError as e:
             if not str(e).startswith("The plan keeps what is named"):
                 raise
             raise ConfigError(f"memory.plan {config.memory.plan!r}: {e}") from None
-        return Program(devices, make_model, start, skeleton, shapes, batch, lowered)
+        return Program(devices, make, start, skeleton, shapes, batch, lowered)
 
     def compile(self) -> Any:
         """The step, compiled for the devices."""
         return self.lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
 
-    def begin(self, start_from: str | None, tokenizer: Tokenizer) -> TrainState:
+    def begin(self, start_from: str | None, tokenizer: Tokenizer | None) -> TrainState:
         """The state before the first step, its arrays made where they belong: random, or from the run `start_from`.
 
         Adapters always begin anew.
@@ -124,12 +103,16 @@ class Program:
 
 def stepper(config: RunConfig, compiled: Any, program: Program, seed: int = 0) -> Callable[[], None]:
     """A function that takes one step from a state of its own, on random tokens, and waits until it is done."""
-    state = program.begin(None, ByteTokenizer())
+    state = program.begin(None, None)
     keys = jax.random.split(jax.random.key(seed), len(program.batch))
-    ranges = {"tokens": (0, config.model.vocab_size), "weights": (1, 2)}
+    ranges = {"weights": (1, 2), "images": (0, 256)}
+    if isinstance(config.model, VisionConfig):
+        ranges["labels"] = (0, config.model.num_classes)
+    else:
+        ranges["tokens"] = (0, config.model.vocab_size)
     batch = program.devices.deal(
         {
-            name: jax.random.randint(key, shape.shape, *ranges.get(name, (0, 1)))
+            name: jax.random.randint(key, shape.shape, *ranges.get(name, (0, 1))).astype(shape.dtype)
             for key, (name, shape) in zip(keys, program.batch.items(), strict=True)
         }
     )

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoint import Checkpointer
-from ..data import CHAT_TEMPLATE, FileTokenizer, load_template
+from ..data import CHAT_TEMPLATE, Corpus, DataConfig, FileTokenizer, load_template
 from ..errors import RunFolderError
 from ..logging import get_logger
 from ..memory import peak_flops
-from ..models import flops_per_token, hardware_flops_per_token
+from ..models import DecoderConfig, flops_per_token, hardware_flops_per_token
 from ..training import (
     MetricsLog,
     Outcome,
@@ -31,6 +31,7 @@ from .build import Experiment
 from .config import RunConfig, SampleConfig
 from .evaluation import losses
 from .pretrained import keep_pretrained
+from .reading import held_out
 from .samples import sample_text
 from .trained import TOKENIZER
 from .versions import git_revision, versions
@@ -67,10 +68,7 @@ def run(experiment: Experiment) -> Result:
     made_with = {"versions": versions(), "git": git_revision(), "backend": jax.default_backend()}
     folder.claim(", ".join(filter(None, made_with.values())))
     try:
-        if isinstance(experiment.corpus.tokenizer, FileTokenizer):
-            folder.keep(TOKENIZER, experiment.corpus.tokenizer.file)
-        if (template := load_template(config.data)) is not None:
-            folder.keep(CHAT_TEMPLATE, template.file)
+        _keep_tokenizer(experiment)
         if config.training.start_from is not None:
             keep_pretrained(config.training.start_from, folder.path)
         _refuse_stale(experiment)
@@ -119,14 +117,24 @@ def run(experiment: Experiment) -> Result:
     return Result(outcome, start_step, time.perf_counter() - started, sample, folder.path, is_broken)
 
 
+def _keep_tokenizer(experiment: Experiment) -> None:
+    """Leaves in the run's folder what turned text into tokens."""
+    data, corpus, folder = experiment.config.data, experiment.corpus, experiment.folder
+    if isinstance(corpus, Corpus) and isinstance(corpus.tokenizer, FileTokenizer):
+        folder.keep(TOKENIZER, corpus.tokenizer.file)
+    if isinstance(data, DataConfig) and (template := load_template(data)) is not None:
+        folder.keep(CHAT_TEMPLATE, template.file)
+
+
 def _work(experiment: Experiment) -> Work:
-    config = experiment.config
-    tokens, length = config.tokens_per_step, config.data.sequence_length
+    config, corpus = experiment.config, experiment.corpus
+    tokens, length = config.tokens_per_step, config.row_length
+    predicts_text = isinstance(config.model, DecoderConfig)
     peak = config.training.peak_flops or peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     sweeps = 2 if config.optimizer.in_backward == "two_sweeps" else 1
     return Work(
         tokens,
-        bytes_per_token=experiment.corpus.bytes_per_token,
+        bytes_per_token=corpus.bytes_per_token if isinstance(corpus, Corpus) and predicts_text else None,
         model_flops=tokens * flops_per_token(config.model, length),
         hardware_flops=sweeps * tokens * hardware_flops_per_token(config.model, length, config.memory.plan),
         peak_flops=peak and peak * experiment.devices.count,
@@ -160,27 +168,24 @@ def _refuse_stale(experiment: Experiment) -> None:
 
 
 def _evaluation(experiment: Experiment, stop_request: StopRequest):
-    config, parts = experiment.config, experiment.corpus.validation
-    if not parts:
-        return None
-    sizes = {"batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length}
-    how = sizes | {"separate_documents": config.data.separate_documents, "max_batches": config.training.eval_batches}
+    config = experiment.config
+    parts = held_out(config, experiment.corpus, config.training.eval_batches)
     stop = lambda: stop_request.signal is not None
-    return lambda state: losses(experiment.eval_step, state.eval_params, parts, **how, stop=stop)
+    return (lambda state: losses(experiment.eval_step, state.eval_params, parts, stop=stop)) if parts else None
 
 
 def _sampling(experiment: Experiment):
-    options = experiment.config.training
-    if not options.sample_prompt:
+    options, corpus = experiment.config.training, experiment.corpus
+    if not experiment.config.sample_prompt:
         return None
+    assert isinstance(corpus, Corpus)
     sample = SampleConfig(
         prompt=options.sample_prompt,
         max_new_tokens=options.sample_tokens,
         temperature=options.sample_temperature,
         seed=options.seed,
     )
-    tokenizer = experiment.corpus.tokenizer
-    return lambda state: sample_text(experiment.skeleton.merge(state.eval_params), tokenizer, sample)
+    return lambda state: sample_text(experiment.skeleton.merge(state.eval_params), corpus.tokenizer, sample)
 
 
 def _is_broken(experiment: Experiment, outcome: Outcome) -> bool:

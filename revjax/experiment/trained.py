@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from ..checkpoint import Checkpointer
 from ..conversion import TensorFiles
-from ..data import CHAT_TEMPLATE, ChatTemplate, ChatTokenizer, DataConfig, Tokenizer, load_tokenizer
+from ..data import CHAT_TEMPLATE, ChatTemplate, ChatTokenizer, DataConfig, ImagesConfig, Tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..logging import get_logger
-from ..models import Decoder, DecoderConfig, ModelConfig, make_model, merge_adapters
+from ..models import Decoder, Model, ModelConfig, make_model, merge_adapters
 from ..training import split, split_abstract, united
 from ..training.folder import read_config
 from .config import RunConfig
@@ -29,12 +29,34 @@ PARAMETERS = "model.safetensors"  # in the folder of a converted one, which has 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A trained model with its tokenizer."""
+    """A trained model, with its tokenizer where it reads text."""
 
     config: RunConfig
-    data: DataConfig  # of the configuration, with the tokenizer that lies in the folder
+    data: DataConfig | ImagesConfig  # of the configuration, with the tokenizer that lies in the folder
+    model: Model
+    tokenizer: Tokenizer | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A trained decoder with its tokenizer, which generates text."""
+
+    config: RunConfig
+    data: DataConfig
     model: Decoder
     tokenizer: Tokenizer
+
+
+def load_language_model(folder: str | os.PathLike) -> LanguageModel:
+    """As `load_run`; raises `ConfigError` where the run's model generates no text."""
+    run = load_run(folder)
+    if not isinstance(run.model, Decoder):
+        raise ConfigError(
+            f"The model of {folder} is of the family {run.config.model.family}, which generates no text here: that "
+            "needs a decoder."
+        )
+    assert isinstance(run.data, DataConfig) and run.tokenizer is not None
+    return LanguageModel(run.config, run.data, run.model, run.tokenizer)
 
 
 def load_run(folder: str | os.PathLike) -> TrainedRun:
@@ -43,12 +65,12 @@ def load_run(folder: str | os.PathLike) -> TrainedRun:
     Raises a `RevjaxError` where there is no run, no checkpoint, or no tokenizer.
     """
     config, data, params = _read(folder, merged=False)
-    skeleton, _ = split_abstract(lambda: _decoder(config))
-    model = typing.cast(Decoder, skeleton.merge(jax.tree.map(jax.numpy.asarray, params)))
-    return TrainedRun(config, data, model, load_tokenizer(data))
+    skeleton, _ = split_abstract(lambda: _model(config))
+    model = typing.cast(Model, skeleton.merge(jax.tree.map(jax.numpy.asarray, params)))
+    return TrainedRun(config, data, model, load_tokenizer(data) if isinstance(data, DataConfig) else None)
 
 
-def chat_tokenizer(run: TrainedRun, folder: str | os.PathLike) -> ChatTokenizer:
+def chat_tokenizer(run: LanguageModel, folder: str | os.PathLike) -> ChatTokenizer:
     """The tokenizer of the run in `folder`, for prompts that are what a user says.
 
     Raises `ConfigError` where the run has no chat template: neither one that it learned from, nor one that came with
@@ -57,7 +79,7 @@ def chat_tokenizer(run: TrainedRun, folder: str | os.PathLike) -> ChatTokenizer:
     return ChatTokenizer(run.tokenizer, ChatTemplate(run.data.chat_template or os.fspath(folder)))
 
 
-def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The parameters of the run in `folder`, for a model whose own are as `like` and which reads `tokenizer`'s tokens.
 
     Adapters are added to what they are beside. All are numpy's: on no device yet. Raises a `RevjaxError` where there
@@ -68,24 +90,24 @@ def parameters_of(folder: str | os.PathLike, like: dict[str, Any], tokenizer: To
     return jax.tree.map(lambda x, p: p.astype(x.dtype), like, params)
 
 
-def check_start(folder: str | os.PathLike, model: DecoderConfig, tokenizer: Tokenizer) -> None:
+def check_start(folder: str | os.PathLike, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """Raises what `parameters_of` would raise for a run with this model, as far as shapes and names tell."""
     path = pathlib.Path(folder).expanduser()
     config = read_config(path, RunConfig)
     if not has_checkpoints(path) and not (path / PARAMETERS).is_file():
         raise CheckpointError(f"The run in {folder} (training.start_from) has no checkpoint: was it ever trained?")
-    base = lambda model: split(nnx.eval_shape(lambda: Decoder(_without_adapters(model), plan="all", rngs=nnx.Rngs(0))))[
-        1
-    ]
+    make = lambda model: make_model(_without_adapters(model), plan="all", rngs=nnx.Rngs(0))
+    base = lambda model: split(nnx.eval_shape(lambda: make(model)))[1]
     _check_parameters(folder, base(config.model), base(model), tokenizer)
 
 
 def _check_parameters(
-    folder: str | os.PathLike, params: dict[str, Any], like: dict[str, Any], tokenizer: Tokenizer
+    folder: str | os.PathLike, params: dict[str, Any], like: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
     path = pathlib.Path(folder).expanduser()
     data = _data(path, read_config(path, RunConfig))
-    if load_tokenizer(data).fingerprint != tokenizer.fingerprint:
+    reads_text = isinstance(data, DataConfig)
+    if reads_text and tokenizer is not None and load_tokenizer(data).fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"The run in {folder} (training.start_from) reads other tokens. Set --data.tokenizer={data.tokenizer}"
         )
@@ -114,18 +136,20 @@ def read_file(path: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
     return _of_file(path, split(nnx.eval_shape(lambda: make_model(config, plan="all", rngs=nnx.Rngs(0))))[1])
 
 
-def _decoder(config: RunConfig) -> Decoder:
-    return Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0))
+def _model(config: RunConfig) -> Model:
+    return make_model(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0))
 
 
-def _read(folder: str | os.PathLike, *, merged: bool = True) -> tuple[RunConfig, DataConfig, dict[str, Any]]:
+def _read(
+    folder: str | os.PathLike, *, merged: bool = True
+) -> tuple[RunConfig, DataConfig | ImagesConfig, dict[str, Any]]:
     """The configuration of a run, its data section with tokenizer and template of its folder, and its parameters.
 
     These are numpy's; with `merged`, of the model without adapters, and so is its configuration.
     """
     folder = pathlib.Path(folder).expanduser()
     config = read_config(folder, RunConfig)
-    _, shapes = split(nnx.eval_shape(lambda: _decoder(config)))
+    _, shapes = split(nnx.eval_shape(lambda: _model(config)))
     is_converted = (folder / PARAMETERS).is_file() and not has_checkpoints(folder)
     trained = _of_file(folder / PARAMETERS, shapes) if is_converted else _of_checkpoint(folder)
     if _shapes(shapes) != _shapes(trained):
@@ -139,13 +163,15 @@ def _read(folder: str | os.PathLike, *, merged: bool = True) -> tuple[RunConfig,
     return config, _data(folder, config), params
 
 
-def _without_adapters(model: DecoderConfig) -> DecoderConfig:
+def _without_adapters(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, lora=None)
 
 
-def _data(folder: pathlib.Path, config: RunConfig) -> DataConfig:
+def _data(folder: pathlib.Path, config: RunConfig) -> DataConfig | ImagesConfig:
     """The data section of the run in `folder`, with the tokenizer and the template that lie there."""
     data = config.data
+    if isinstance(data, ImagesConfig):
+        return data
     if (folder / TOKENIZER).exists():
         data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
     if (folder / CHAT_TEMPLATE).exists():

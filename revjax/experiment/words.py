@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from ..data import Corpus, Text
+from ..data import Corpus, Images, Text
 from ..logging import get_logger
 from ..memory import ELSEWHERE, LOOPS, OpTimes, Timeline, activation_memory
 from ..models import flops_per_token, num_params
-from ..training import TrainState, read_metrics
+from ..training import TrainState, describe_evaluation, read_metrics
 from .build import Experiment
 from .run import Result
 from .versions import versions
@@ -19,12 +19,11 @@ def announce(experiment: Experiment) -> str:
     """What the run is about to do and what it costs, in a few lines. Compiles for the memory figures (seconds)."""
     config, corpus, start = experiment.config, experiment.corpus, experiment.start_step
     model, data, steps = config.model, config.data, config.training.steps
-    tokens_per_step = data.batch_size * data.sequence_length
-    tokens = (steps - start) * tokens_per_step
-    flops = tokens * flops_per_token(model, data.sequence_length)
+    tokens = (steps - start) * config.tokens_per_step
+    flops = tokens * flops_per_token(model, config.row_length)
     rows = data.batch_size // config.memory.accumulation // experiment.devices.count
     get_logger(__name__).info("compiling its gradient in three ways, for the memory figures")
-    needed = activation_memory(model, rows, data.sequence_length, plan=config.memory.plan)
+    needed = activation_memory(model, rows, config.row_length, plan=config.memory.plan)
     each = " on each device" if experiment.devices.count > 1 else ""
     reversible, checkpoint, stored = (_bytes(needed[how]) for how in ("reversible", "checkpoint", "stored"))
     going_on = f" from step {start}" if start else ""
@@ -34,8 +33,8 @@ def announce(experiment: Experiment) -> str:
         "versions": versions(),
         "model": f"{num_params(experiment.skeleton.abstract):,} parameters{_trained(experiment)}: "
         f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads, {model.dtype}",
-        "text": _texts(corpus),
-        "training": f"{steps - start:,} steps of {data.batch_size} x {data.sequence_length} tokens: {tokens:,} tokens, "
+        "text" if isinstance(corpus, Corpus) else "images": _data(corpus),
+        "training": f"{steps - start:,} steps of {data.batch_size} x {config.row_length} tokens: {tokens:,} tokens, "
         f"{_number((steps - start) * data.batch_size / experiment.batches.rows_per_epoch)} epochs, "
         f"{flops:.2g} floating-point operations"
         if start < steps
@@ -62,7 +61,13 @@ def _devices(experiment: Experiment) -> str:
     return "1 x" if mesh is None else f"{mesh.size} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}) x"
 
 
-def _texts(corpus: Corpus) -> str:
+def _data(corpus: Corpus | Images) -> str:
+    if isinstance(corpus, Images):
+        size = corpus.train.size
+        return (
+            f"{corpus.source}: {len(corpus.train):,} of {len(corpus.classes)} classes, {size} x {size} x "
+            f"{corpus.train.channels}; held out: {len(corpus.held_out):,}"
+        )
     several = len(corpus.train) > 1
     shares = {part.name: f"{part.weight:.0%} " if several else "" for part in corpus.train}
     lines = [f"{shares[part.name]}{part.name}: {_size(part.text)}" for part in corpus.train]
@@ -102,7 +107,7 @@ def describe_memory(experiment: Experiment, found: Timeline) -> str:
         "step": f"{config.run.name}, on {_devices(experiment)} {jax.devices()[0].device_kind}",
         "versions": versions(),
         "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.dtype}, coupling {model.coupling}, plan "
-        f"{config.memory.plan}; {data.batch_size} x {data.sequence_length} tokens",
+        f"{config.memory.plan}; {data.batch_size} x {config.row_length} tokens",
         "always": _state_bytes(experiment.state),
         "temporary": f"{_bytes(top)} at the highest point{loop}; XLA reserves {_bytes(found.temp_bytes)}",
         "of these": [f"{_bytes(n):>10}  {n / max(top, 1):4.0%}  {name}" for name, n in shares if n > 0.005 * top],
@@ -194,11 +199,8 @@ def _exactness(lines: list[dict[str, Any]]) -> str:
 def _first_to_last(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
-    number = lambda line: "no number" if line["bits_per_byte"] is None else f"{line['bits_per_byte']:.3f}"
-    first, last = lines[0], lines[-1]
-    if first is last:
-        return f"{number(first)} bits/byte at step {first['step']:,}"
-    return f"{number(first)} bits/byte at step {first['step']:,}, {number(last)} at step {last['step']:,}"
+    first, last = (f"{describe_evaluation(line)} at step {line['step']:,}" for line in (lines[0], lines[-1]))
+    return first if lines[0] is lines[-1] else f"{first}; {last}"
 
 
 def _lines(lines: dict[str, str | list[str]]) -> str:

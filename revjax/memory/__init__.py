@@ -1,6 +1,7 @@
 """What a training step costs in memory, beside the alternatives."""
 
 from .baseline import RIVALS as RIVALS
+from .baseline import as_residual as as_residual
 from .baseline import checkpoint_loss as checkpoint_loss
 from .baseline import residual_loss as residual_loss
 from .baseline import residual_stack as residual_stack

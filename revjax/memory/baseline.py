@@ -15,6 +15,7 @@ is pinned: it is what one would write without revjax.
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ..models.decoder import Decoder
-from ..nn import cross_entropy
+from ..models import Decoder, ReversibleStack, TransformerConfig, stacks_of
+from ..models.stack import keywords_of
 
 RIVALS = ("stored", "dots", "attention", "checkpoint", "nested")
 _POLICIES = {
@@ -41,15 +42,36 @@ _POLICIES = {
 }
 
 
-def residual_stack(model: Decoder, x: jax.Array, rival: str = "checkpoint") -> jax.Array:
-    """The layers of `model` as an ordinary residual network, with what `rival` keeps for the backward pass."""
-    for branches in model.stack.runs:
+def as_residual(model: nnx.Module, rival: str = "checkpoint") -> nnx.Module:
+    """Makes each stack of `model` an ordinary residual network, with what `rival` keeps for the backward pass.
+
+    For use inside of what is differentiated, on a model that was merged there: it is changed, and returned.
+    """
+    for stack in stacks_of(model).values():
+        vars(stack)["scan"] = functools.partial(_residual_scan, stack, rival, model.config)  # pyright: ignore
+    return model
+
+
+def _residual_scan(stack: ReversibleStack, rival: str, config: TransformerConfig, streams, *, key=None, **inputs: Any):
+    """As `ReversibleStack.scan`; there is one stream, and nothing random."""
+    assert key is None, "rivals are measured without dropout"
+    x = residual_stack(stack, streams[1].astype(jnp.dtype(config.dtype)), rival, **inputs)
+    return types.SimpleNamespace(streams=(x if config.readout == "concat" else None, x))
+
+
+def residual_stack(stack: ReversibleStack, x: jax.Array, rival: str = "checkpoint", **inputs: Any) -> jax.Array:
+    """The layers of `stack` as an ordinary residual network, with what `rival` keeps for the backward pass.
+
+    Branches get those of `inputs` that they name.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    for branches in stack.runs:
         graphdef, params_L = nnx.split(list(branches))
 
         def layer(x, params, graphdef=graphdef):
             x = checkpoint_name(x, "layer_input")
             for branch in nnx.merge(graphdef, params):
-                x = x + _by_chunks(branch, x).astype(x.dtype)
+                x = x + _by_chunks(branch, x, given).astype(x.dtype)
             return x, None
 
         if rival != "stored":  # in a scan, XLA cannot merge what is computed twice: no barriers are needed
@@ -67,11 +89,13 @@ def _scan_segments(layer: Callable, x: jax.Array, params_L: Any) -> jax.Array:
     return jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), x, segments)[0]
 
 
-def _by_chunks(branch: nnx.Module, x_BTD: jax.Array) -> jax.Array:
+def _by_chunks(branch: nnx.Module, x_BTD: jax.Array, inputs: dict[str, Any]) -> jax.Array:
     """The branch on so many tokens at a time as it asks for (`mlp_chunk`), so that the rival saves that memory too."""
     chunk, length = getattr(branch, "chunk_tokens", None), x_BTD.shape[1]
     if not chunk or chunk >= length:
-        return branch(x_BTD)  # pyright: ignore[reportCallIssue]
+        known = keywords_of(branch)
+        given = {name: value for name, value in inputs.items() if name in known}
+        return branch(x_BTD, **given)  # pyright: ignore[reportCallIssue]
     padded = jnp.pad(x_BTD, ((0, 0), (0, -length % chunk), (0, 0)))
     chunks = padded.reshape(padded.shape[0], -1, chunk, padded.shape[2]).swapaxes(0, 1)
     y = jax.lax.map(jax.checkpoint(lambda x: branch(x)), chunks).swapaxes(0, 1)  # pyright: ignore[reportCallIssue]
@@ -80,11 +104,7 @@ def _by_chunks(branch: nnx.Module, x_BTD: jax.Array) -> jax.Array:
 
 def residual_loss(model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, rival: str = "checkpoint") -> jax.Array:
     """The mean cross-entropy of `model`, run as an ordinary residual network; same attention, same fused loss."""
-    dtype = jnp.dtype(model.config.dtype)
-    x_BTD = residual_stack(model, model.embedding.encode(tokens_BT).astype(dtype), rival)
-    x_BTD = model.read_out(x_BTD, x_BTD) if model.readout == "concat" else model.norm(x_BTD)
-    loss, weight = cross_entropy(x_BTD, model.head_kernel, targets_BT, tile_tokens=model.config.loss_tile, dtype=dtype)
-    return loss / weight
+    return jnp.divide(*as_residual(model, rival).loss(tokens_BT, targets_BT))  # pyright: ignore
 
 
 checkpoint_loss = functools.partial(residual_loss, rival="checkpoint")

@@ -11,13 +11,22 @@ an estimate: the planner believes compiled programs.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..core import parse_coupling
 from ..core.plan import All, Inputs, Keep, Reverse
-from ..models import DecoderConfig, hardware_flops_per_token, kept_layers
+from ..models import (
+    DecoderConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    TransformerConfig,
+    VisionConfig,
+    hardware_flops_per_token,
+    kept_layers,
+)
 from ..nn.blocks import choose_blocks
 
 # FLOPs in the time that one byte takes from memory, where nothing is known of the device (see `devices.HARDWARE`).
@@ -57,7 +66,7 @@ class Cost:
 
 
 def step_cost(
-    config: DecoderConfig,
+    config: ModelConfig,
     batch_size: int,
     sequence_length: int,
     *,
@@ -77,6 +86,8 @@ def step_cost(
       state_bytes: of all of them, with the optimizer's arrays.
       balance: FLOPs that the device does in the time that a byte takes; None: as of the devices that are here.
     """
+    flops = batch_size * sequence_length * hardware_flops_per_token(config, sequence_length, plan)
+    config = _as_decoder(config)
     rows = -(-batch_size // accumulation)
     sizes = Sizes(config, rows, sequence_length)
     parts = kept_layers(config, plan)
@@ -100,7 +111,7 @@ def step_cost(
         there = sum(kept_of_parts[: i + 1]) + gradients
         moments["attention"] = max(moments["attention"], there + _attention(sizes, _manner(keep)))
         moments["MLP"] = max(moments["MLP"], there + changing + _mlp(sizes, _manner(keep)))
-    flops, moved = _work(config, batch_size, sequence_length, plan, accumulation, num_params, num_frozen)
+    moved = _moved(config, batch_size, sequence_length, plan, accumulation, num_params, num_frozen)
     balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
     moves = _MOVES.get(jax.default_backend(), _DEFAULT_MOVES)
     time = flops + balance * (moved + moves * accumulation * kept)
@@ -224,6 +235,23 @@ _PLAIN_MLP = {  # beside a gated one
 }
 
 
+def _as_decoder(config: ModelConfig) -> DecoderConfig:
+    """A decoder with the layers of `config` (the encoder's, of an encoder-decoder): of others, counts are estimates."""
+    if isinstance(config, DecoderConfig):
+        return config
+    same: dict[str, Any] = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(TransformerConfig) if f.name != "family"
+    }
+    if isinstance(config, VisionConfig):
+        own: dict[str, Any] = {"vocab_size": config.num_classes}
+    else:
+        own = {"vocab_size": config.vocab_size, "loss_tile": config.loss_tile}
+    if isinstance(config, EncoderDecoderConfig):
+        own["tie_embeddings"] = config.tie_embeddings
+    own["positions"] = "rotary" if config.positions == "rotary" else "learned"
+    return DecoderConfig(**(same | own))
+
+
 def _loss(s: Sizes) -> int:
     config, low = s.config, s.width < 4
     table = config.vocab_size * config.d_model
@@ -283,7 +311,7 @@ def _manner(keep: Keep) -> str:
     return "stored"
 
 
-def _work(
+def _moved(
     config: DecoderConfig,
     batch_size: int,
     sequence_length: int,
@@ -291,10 +319,9 @@ def _work(
     accumulation: int,
     num_params: int,
     num_frozen: int,
-) -> tuple[float, float]:
-    """FLOPs of a step, and the bytes of parameters and their gradients that it moves."""
+) -> float:
+    """The bytes of parameters and their gradients that a step moves."""
     tokens = batch_size * sequence_length
-    per_token = hardware_flops_per_token(config, sequence_length, plan)
     parts = kept_layers(config, plan)
     again = sum(n for n, keep in parts if not isinstance(keep, All)) / config.num_layers
     passes = 2 + again  # over the parameters: forward, again, backward
@@ -305,4 +332,4 @@ def _work(
         chunks = math.ceil(sequence_length / config.mlp_chunk)
         kernels = (3 if config.gated else 2) * config.d_model * config.mlp_width
         moved += accumulation * config.num_layers * (chunks - 1) * kernels * (3 * 2 + 2 * 4)
-    return tokens * per_token, moved
+    return moved

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..core.plan import Plan
-from ..models.decoder import Decoder
-from ..models.decoder_config import DecoderConfig
-from ..models.gradients import value_and_grad
-from .baseline import checkpoint_loss, stored_loss
+from ..models import DecoderConfig, ModelConfig, example_batch, loss_of, make_model, value_and_grad
+from .baseline import as_residual
 
 
 def temp_bytes(
@@ -29,28 +27,34 @@ def temp_bytes(
 
 
 def activation_memory(
-    config: DecoderConfig, batch_size: int, sequence_length: int, *, plan: Plan = "nothing"
+    config: ModelConfig, batch_size: int, sequence_length: int, *, plan: Plan = "nothing"
 ) -> dict[str, int]:
     """Temporary bytes of the loss's gradient: reversible, beside `jax.checkpoint` per layer, beside stored.
 
-    Parameters and gradients are inputs and outputs, and not counted. Compiles three programs (seconds each).
+    Parameters and gradients are inputs and outputs, and not counted. Compiles three programs (seconds each). Of
+    images, `sequence_length` says nothing.
 
     Returns:
       Bytes by "reversible", "checkpoint" and "stored".
     """
-    model = nnx.eval_shape(lambda: Decoder(config, plan=plan, rngs=nnx.Rngs(0)))
-    tokens = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.int32)
+    model = nnx.eval_shape(lambda: make_model(config, plan=plan, rngs=nnx.Rngs(0)))
+    if isinstance(config, DecoderConfig):
+        batch: Any = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.int32)
+        loss = lambda model, tokens: jnp.divide(*model.loss(tokens, tokens))
+    else:
+        batch = example_batch(config, batch_size, sequence_length)
+        loss = lambda model, batch: jnp.divide(*loss_of(config)(model, batch, None)[:2])
 
-    def ours(model, tokens):
-        return value_and_grad(lambda model: jnp.divide(*model.loss(tokens, tokens)))(model)
+    def ours(model, batch):
+        return value_and_grad(lambda model: loss(model, batch))(model)
 
-    def theirs(loss):
+    def theirs(rival):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        with_loss = lambda params, rest, tokens: loss(nnx.merge(graphdef, params, rest), tokens, tokens)
-        return temp_bytes(jax.value_and_grad(with_loss), params, rest, tokens)
+        with_loss = lambda params, rest, batch: loss(as_residual(nnx.merge(graphdef, params, rest), rival), batch)
+        return temp_bytes(jax.value_and_grad(with_loss), params, rest, batch)
 
     return {
-        "reversible": temp_bytes(ours, model, tokens),
-        "checkpoint": theirs(checkpoint_loss),
-        "stored": theirs(stored_loss),
+        "reversible": temp_bytes(ours, model, batch),
+        "checkpoint": theirs("checkpoint"),
+        "stored": theirs("stored"),
     }

@@ -22,13 +22,13 @@ class Choice:
     Attributes:
       plan: what the backward pass finds kept, see `revjax.core.plan`.
       accumulation: micro-batches that a batch is cut into.
-      loss_tile: tokens that have logits at one time.
+      loss_tile: tokens that have logits at one time; None where all have.
       mlp_chunk: tokens of a row that have a hidden layer of the MLP at one time; None is all.
     """
 
     plan: str
     accumulation: int
-    loss_tile: int
+    loss_tile: int | None
     mlp_chunk: int | None = None
 
 

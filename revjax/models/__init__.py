@@ -27,6 +27,11 @@ from .lora import LoRAConfig as LoRAConfig
 from .lora import add_adapters as add_adapters
 from .lora import merge_adapters as merge_adapters
 from .lora import without_adapters as without_adapters
+from .objectives import Loss as Loss
+from .objectives import example_batch as example_batch
+from .objectives import image_loss as image_loss
+from .objectives import loss_of as loss_of
+from .objectives import next_token_loss as next_token_loss
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset
 from .stack import MutatedVariableError as MutatedVariableError

@@ -66,7 +66,7 @@ class RelativeAttentionBranch(Branch):
         self.attention = _attention(config, causal=causal, window=None, rotary=None, rngs=rngs)
         self.max_distance = max_distance
 
-    def __call__(self, x_BTD, *, key=None, segment_ids=None, context=None):
+    def __call__(self, x_BTD, *, key=None, segment_ids=None, context: Any = None):
         inside, outside = _two_keys(key)
         length, causal = x_BTD.shape[1], self.attention.causal
         bias = relative_bias(context["bias"], length, length, causal=causal, max_distance=self.max_distance)
@@ -81,10 +81,10 @@ class CrossAttentionBranch(Branch):
         super().__init__(config, rngs=rngs)
         self.attention = _attention(config, context_dim=config.d_model, rngs=rngs)
 
-    def __call__(self, x_BTD, *, key=None, context=None, context_mask=None):
+    def __call__(self, x_BTD, *, key=None, segment_ids=None, context: Any = None, context_segment_ids=None):
         inside, outside = _two_keys(key)
-        encoded = context["encoded"]
-        y_BTD = self.attention(self.read(x_BTD), context=encoded, context_mask=context_mask, key=inside)
+        segments = {"segment_ids": segment_ids, "context_segment_ids": context_segment_ids}
+        y_BTD = self.attention(self.read(x_BTD), context=context["encoded"], **segments, key=inside)
         return self.increment(x_BTD, y_BTD, outside)
 
 
@@ -124,7 +124,7 @@ class Block(nnx.Module):
         return (y_BTD, *extras) if extras else y_BTD
 
 
-def layers_of(config: TransformerConfig, *, causal: bool) -> list[Callable[[nnx.Rngs], list[nnx.Module]]]:
+def layers_of(config: TransformerConfig, *, causal: bool) -> list[Callable[[nnx.Rngs], Any]]:
     """For each kind of layer of the period, what makes one: attention and MLP, as two f's or as one."""
     return [functools.partial(_make_layer, config, kind, causal) for kind in config.period]
 

@@ -1,4 +1,4 @@
-"""What a decoder is, in numbers counted by hand: parameters, FLOPs per token, a summary."""
+"""What a model is, in numbers counted by hand: parameters, FLOPs per token, a summary."""
 
 import math
 
@@ -8,7 +8,12 @@ from flax import nnx
 from ..core.plan import All, Keep, Reverse, for_runs
 from .decoder import Decoder
 from .decoder_config import DecoderConfig
+from .encoder import EncoderConfig
+from .encoder_decoder import EncoderDecoderConfig
+from .families import ModelConfig
 from .lora import Frozen
+from .transformer_config import TransformerConfig
+from .vision import VisionConfig
 
 
 def num_params(model: nnx.Module, *, trained_only: bool = False) -> int:
@@ -17,35 +22,60 @@ def num_params(model: nnx.Module, *, trained_only: bool = False) -> int:
     return sum(p.size for p in jax.tree.leaves(nnx.state(model, wanted)))
 
 
-def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Model FLOPs for one token of a training step: forward and backward, nothing twice, causal attention halved.
 
     6 for each parameter of a matrix product, and 12 for each channel and visible position of attention
     (two products, three passes, two FLOPs each). The convention is PaLM's (arXiv:2204.02311, appendix B), but
-    with the masked half of attention left out. Where there are adapters, what they are beside is frozen: 4.
+    with the masked half of attention left out. Where there are adapters, what they are beside is frozen: 4. A token of
+    an encoder-decoder is one of the target, for which there is one of the source.
     """
-    forward = config.num_layers * layer_forward_flops(config, sequence_length)
-    head = 2 * config.vocab_size * config.d_model
+    layers, head = sum(_forward_flops(config, sequence_length)), _head_flops(config)
     if config.lora is None:
-        return 3 * (forward + head)
-    frozen = head + config.num_layers * 2 * sum(math.prod(shape) for shape in layer_kernels(config).values())
-    return 3 * (forward + head) - frozen
+        return 3 * (layers + head)
+    frozen = head + _num_layers(config) * 2 * sum(math.prod(shape) for shape in layer_kernels(config).values())
+    return 3 * (layers + head) - frozen
 
 
-def hardware_flops_per_token(config: DecoderConfig, sequence_length: int, plan: str) -> float:
+def hardware_flops_per_token(config: ModelConfig, sequence_length: int, plan: str) -> float:
     """As `flops_per_token`, with what the plan computes again.
 
     That is every layer's forward pass; with `attention`, but for the kernel of attention; with `all`, nothing.
     """
-    forward, kernel = layer_forward_flops(config, sequence_length), attention_kernel_flops(config, sequence_length)
+    weights, kernel = _forward_flops(config, sequence_length)
     again = 0.0
     for num_layers, keep in kept_layers(config, plan):
-        named = isinstance(keep, Reverse) and "attention" in keep.names
-        again += num_layers * (0 if isinstance(keep, All) else forward - kernel if named else forward)
+        share, named = num_layers / config.num_layers, isinstance(keep, Reverse) and "attention" in keep.names
+        again += share * (0 if isinstance(keep, All) else weights if named else weights + kernel)
     return flops_per_token(config, sequence_length) + again
 
 
-def kept_layers(config: DecoderConfig, plan: str) -> list[tuple[int, Keep]]:
+def _forward_flops(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """FLOPs of all layers' forward pass for one token: of products with weights, and of the kernels of attention."""
+    causal = isinstance(config, DecoderConfig)
+    kernel = attention_kernel_flops(config, sequence_length, causal=causal)
+    weights = layer_forward_flops(config, sequence_length, causal=causal) - kernel
+    if not isinstance(config, EncoderDecoderConfig):
+        return config.num_layers * weights, config.num_layers * kernel
+    cross = 2.0 * sum(math.prod(layer_kernels(config)[name]) for name in ("query", "key", "value", "out"))
+    deep = config.decoder_layers
+    return (config.num_layers + deep) * weights + deep * cross, (config.num_layers + 1.5 * deep) * kernel
+
+
+def _num_layers(config: ModelConfig) -> int:
+    return config.num_layers + (config.decoder_layers if isinstance(config, EncoderDecoderConfig) else 0)
+
+
+def _head_flops(config: ModelConfig) -> float:
+    """Of the forward pass of one token, beside the layers."""
+    if isinstance(config, VisionConfig):
+        patch = 2 * config.channels * config.patch_size**2 * config.d_model
+        return patch + 2 * config.num_classes * config.d_model / config.num_tokens
+    head = 2 * config.vocab_size * config.d_model
+    return config.mask_rate * (head + 2 * config.d_model**2) if isinstance(config, EncoderConfig) else head
+
+
+def kept_layers(config: TransformerConfig, plan: str) -> list[tuple[int, Keep]]:
     """(how many layers, what the plan keeps of them), first layers first."""
     found, rest = [], config.num_layers
     for parts in for_runs(plan, config.run_lengths):
@@ -55,16 +85,16 @@ def kept_layers(config: DecoderConfig, plan: str) -> list[tuple[int, Keep]]:
     return found
 
 
-def layer_forward_flops(config: DecoderConfig, sequence_length: int) -> float:
+def layer_forward_flops(config: TransformerConfig, sequence_length: int, *, causal: bool = True) -> float:
     """FLOPs of one layer's forward pass for one token: 2 for each weight, and the kernel of attention."""
     kernels = layer_kernels(config)
     weights = sum(math.prod(shape) for shape in kernels.values())
     if config.lora is not None:
         weights += sum(config.lora.rank * sum(kernels[name]) for name in config.lora.layers if name in kernels)
-    return 2.0 * weights + attention_kernel_flops(config, sequence_length)
+    return 2.0 * weights + attention_kernel_flops(config, sequence_length, causal=causal)
 
 
-def layer_kernels(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+def layer_kernels(config: TransformerConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each matrix of a layer."""
     heads, kv_heads = config.num_heads * config.head_size, config.kv_heads * config.head_size
     attention = {
@@ -77,11 +107,12 @@ def layer_kernels(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     return attention | {"out": (heads, config.d_model)} | gate | mlp
 
 
-def attention_kernel_flops(config: DecoderConfig, sequence_length: int) -> float:
+def attention_kernel_flops(config: TransformerConfig, sequence_length: int, *, causal: bool = True) -> float:
     """FLOPs of softmax(q k^T) v in one layer's forward pass for one token: 4 for each channel and visible position."""
     heads, local = config.num_heads * config.head_size, config.period.count("local") / len(config.period)
-    seen = min(sequence_length / 2, config.window or sequence_length)
-    return 4.0 * heads * (local * seen + (1 - local) * sequence_length / 2)
+    everything = sequence_length / 2 if causal else float(sequence_length)
+    seen = min(everything, (1 if causal else 2) * (config.window or sequence_length))
+    return 4.0 * heads * (local * seen + (1 - local) * everything)
 
 
 def summary(model: Decoder) -> str:
@@ -93,7 +124,14 @@ def summary(model: Decoder) -> str:
     if model.second_embedding is not None:
         rows.append(("second embedding", rows[0][1], num_params(model.second_embedding)))
     head = "tied to the embedding" if model.head is None else f"{config.d_model} x {config.vocab_size}"
-    rows.append(("norm, head", head, num_params(model.norm) + (0 if model.head is None else num_params(model.head))))
+    rows.append(
+        (
+            "norm, head",
+            head,
+            (0 if model.norm is None else num_params(model.norm))
+            + (0 if model.head is None else num_params(model.head)),
+        )
+    )
     rows.append(("total", f"{config.coupling}, {'exact' if config.exact else 'float'} streams", num_params(model)))
     if config.lora is not None:
         rows.append(("trained", f"adapters of rank {config.lora.rank}", num_params(model, trained_only=True)))

@@ -54,7 +54,9 @@ class Decoder(Tower):
         self.embedding = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         placed = config.positions == "learned"
         self.positions = LearnedPositions(config.max_length, config.d_model, rngs=rngs) if placed else None
-        super().__init__(config, layers_of(config, causal=True), plan=plan, constrain=constrain, gather=gather, rngs=rngs)
+        super().__init__(
+            config, layers_of(config, causal=True), plan=plan, constrain=constrain, gather=gather, rngs=rngs
+        )
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.d_model, config.vocab_size, dtype=dtype, rngs=rngs)
         own = config.second_stream == "own"

@@ -10,6 +10,7 @@ from .transformer_config import TransformerConfig
 class DecoderConfig(TransformerConfig):
     """The shape of a decoder. Sizes count elements; `None` is filled in as said."""
 
+    family: Literal["decoder"] = "decoder"
     vocab_size: int = 256
     positions: Literal["rotary", "learned"] = "rotary"
     max_length: int = 1024  # for learned positions only

@@ -1,8 +1,8 @@
 """A bidirectional encoder of text, with a masked-language-model head (BERT, arXiv:1810.04805).
 
-    x = norm(embed(tokens) + positions + kinds)        the norm where `embedding_norm`
-    h = read-out of the layers                          every token sees every other of its segment
-    logits = norm(act(h W)) . embed^T + bias            of the masked tokens
+x = norm(embed(tokens) + positions + kinds)        the norm where `embedding_norm`
+h = read-out of the layers                          every token sees every other of its segment
+logits = norm(act(h W)) . embed^T + bias            of the masked tokens
 """
 
 import dataclasses
@@ -197,7 +197,9 @@ class Encoder(Tower):
         if self.kinds is not None:
             x_BTD = x_BTD + self.kinds.encode(jnp.zeros_like(tokens_BT) if kinds_BT is None else kinds_BT)
         elif kinds_BT is not None:
-            raise ValueError("This encoder knows one kind of tokens: build it with token_kinds=2, or leave out kinds_BT.")
+            raise ValueError(
+                "This encoder knows one kind of tokens: build it with token_kinds=2, or leave out kinds_BT."
+            )
         if self.positions is not None:
             if positions_BT is None:
                 positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]

@@ -125,13 +125,12 @@ class EncoderDecoder(nnx.Module):
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide)
 
-    def encode(self, source_BS: jax.Array, *, key=None, source_mask_BS=None) -> jax.Array:
-        """(B, S, D): what the decoder attends to."""
-        segment_ids = None if source_mask_BS is None else source_mask_BS.astype(jnp.int32)
-        given = {} if self.encoder_bias is None else {"context": {"bias": self.encoder_bias[...]}}
-        x_BSD = self._embed(source_BS)
-        streams = both_streams(x_BSD, self.config.second_stream)
-        return self.encoder.read_out(*self.encoder.stack.scan(streams, key=key, segment_ids=segment_ids, **given).streams)
+    def encode(self, source_BS: jax.Array, *, key=None, source_segment_ids=None) -> jax.Array:
+        """(B, S, D): what the decoder attends to. Arguments as for `hidden`."""
+        context = None if self.encoder_bias is None else {"bias": self.encoder_bias[...]}
+        streams = both_streams(self._embed(source_BS), self.config.second_stream)
+        found = self.encoder.stack.scan(streams, key=key, context=context, segment_ids=source_segment_ids)
+        return self.encoder.read_out(*found.streams)
 
     def hidden(
         self,
@@ -139,22 +138,25 @@ class EncoderDecoder(nnx.Module):
         target_BT: jax.Array,
         *,
         key: jax.Array | None = None,
-        source_mask_BS: jax.Array | None = None,
+        source_segment_ids: jax.Array | None = None,
+        target_segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads, (B, T, D).
 
         Args:
           source_BS, target_BT: integers in [0, vocab_size); the target begins with the start token.
           key: for dropout and other randomness of this step; None is evaluation.
-          source_mask_BS: true where a row has text, false where it has padding; None is text everywhere.
+          source_segment_ids, target_segment_ids: (B, S) and (B, T) integers: a token sees its own segment only, of
+            either. Without those of the target, the source has 1 for text and 0 for padding.
         """
         first, second = (None, None) if key is None else jax.random.split(key)
-        encoded = self.encode(source_BS, key=first, source_mask_BS=source_mask_BS)
+        encoded = self.encode(source_BS, key=first, source_segment_ids=source_segment_ids)
         context = {"encoded": encoded}
         if self.decoder_bias is not None:
             context["bias"] = self.decoder_bias[...]
         streams = both_streams(self._embed(target_BT), self.config.second_stream)
-        found = self.decoder.stack.scan(streams, key=second, context=context, context_mask=source_mask_BS)
+        segments: dict[str, Any] = {"segment_ids": target_segment_ids, "context_segment_ids": source_segment_ids}
+        found = self.decoder.stack.scan(streams, key=second, context=context, **segments)
         x_BTD = self.decoder.read_out(*found.streams)
         return x_BTD if self.config.logit_scale is None else x_BTD * self.config.logit_scale
 
@@ -166,16 +168,16 @@ class EncoderDecoder(nnx.Module):
         *,
         key: jax.Array | None = None,
         z_loss: float = 0.0,
-        source_mask_BS: jax.Array | None = None,
+        **segments: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (sum of weighted cross-entropies of the target in nats, sum of weights), fp32 scalars.
 
-        The decoder sees the target one place later, behind the start token.
+        The decoder sees the target one place later, behind the start token. `segments` as for `hidden`.
         """
         start = jnp.full_like(target_BT[:, :1], self.config.start)
         seen_BT = jnp.concatenate([start, target_BT[:, :-1]], axis=1)
         return cross_entropy(
-            self.hidden(source_BS, seen_BT, key=key, source_mask_BS=source_mask_BS),
+            self.hidden(source_BS, seen_BT, key=key, **segments),
             self.head_kernel,
             target_BT,
             weights_BT,
@@ -185,7 +187,7 @@ class EncoderDecoder(nnx.Module):
         )
 
     def denoising_loss(
-        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, z_loss: float = 0.0
+        self, tokens_BT: jax.Array, *, key: jax.Array | None = None, z_loss: float = 0.0, segment_ids=None
     ) -> tuple[jax.Array, jax.Array]:
         """As `loss`, of telling a text again of which the source hides some tokens (BART's, arXiv:1910.13461).
 
@@ -196,7 +198,8 @@ class EncoderDecoder(nnx.Module):
         source_BT, _ = mask_tokens(
             tokens_BT, masks, rate=config.mask_rate, mask_token=config.mask, vocab_size=config.vocab_size
         )
-        return self.loss(source_BT, tokens_BT, key=key, z_loss=z_loss)
+        segments = {"source_segment_ids": segment_ids, "target_segment_ids": segment_ids}
+        return self.loss(source_BT, tokens_BT, key=key, z_loss=z_loss, **segments)
 
     @property
     def head_kernel(self) -> jax.Array:

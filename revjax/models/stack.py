@@ -239,7 +239,7 @@ class ReversibleStack(nnx.Module):
         return {"runs": runs, "x": x, "coupling": coupling, "shared": side, "context": context} | arithmetic
 
     def _refuse_unknown(self, inputs: dict[str, PyTree]) -> None:
-        known = {name for branches in self.runs for branch in branches for name in _keywords(branch)}
+        known = {name for branches in self.runs for branch in branches for name in keywords_of(branch)}
         unknown = sorted(
             name for name, value in inputs.items() if value is not None and name not in known and ... not in known
         )
@@ -284,7 +284,7 @@ def branch_function(
     `static` are keywords that are no arrays (`deterministic=True`).
     """
     graphdef, params_L, state_L = nnx.split(branch, nnx.Param, ...)
-    keywords = _keywords(branch)
+    keywords = keywords_of(branch)
 
     def f(params, x, side=None, shared=None, context=None, tape=None, cache=None):
         state, key = (state_L, None) if side is None else side  # no leaves: nothing was passed
@@ -314,7 +314,7 @@ def _side_of_chunk(side, i):
     return state, None if key is None else jax.random.fold_in(key, i)
 
 
-def _keywords(branch: nnx.Module) -> set[Any]:
+def keywords_of(branch: nnx.Module) -> set[Any]:
     """The keywords that the branch's `__call__` names; `...` where it takes any."""
     parameters = list(inspect.signature(type(branch).__call__).parameters.values())[2:]
     wild = [... for p in parameters if p.kind is p.VAR_KEYWORD]

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
+
 from ..core import BDIA, AbstractCoupling, LinearCoupling, parse_coupling
 from ..core.coupling import COUPLINGS
 from ..errors import ConfigError, nearest
@@ -17,6 +19,7 @@ LayerKind = Literal["local", "global"]
 class TransformerConfig:
     """The shape of the layers, and how they join the streams. Sizes count elements; `None` is filled in as said."""
 
+    family: Literal["decoder", "encoder", "vision", "encoder-decoder"] = "decoder"
     d_model: int = 128
     num_layers: int = 6
     num_heads: int = 4
@@ -164,8 +167,10 @@ def post_norm_growth(coupling: AbstractCoupling) -> float:
     """
     if isinstance(coupling, BDIA):
         pairs = [(b, 1 + b) for b in (-(2.0**-coupling.shift), 2.0**-coupling.shift)]
-    elif isinstance(coupling, LinearCoupling) and all(isinstance(n, int | float) for n in (coupling.sign, coupling.h)):
-        pairs = [(coupling.sign * 2.0**-coupling.shift, float(coupling.h))]
+    elif isinstance(coupling, LinearCoupling) and not any(
+        isinstance(n, jax.Array) for n in (coupling.sign, coupling.h)
+    ):
+        pairs = [(float(coupling.sign * 2.0**-coupling.shift), float(coupling.h))]
     else:
         pairs = []
     sizes = [0.0]

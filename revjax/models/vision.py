@@ -1,8 +1,8 @@
 """A vision transformer that classifies images (ViT, arXiv:2010.11929).
 
-    x = [class token, patches W] + positions        without a class token where pooling is "mean"
-    h = read-out of the layers                       every patch sees every other
-    logits = h[class token] W + bias                 or of the mean of all patches
+x = [class token, patches W] + positions        without a class token where pooling is "mean"
+h = read-out of the layers                       every patch sees every other
+logits = h[class token] W + bias                 or of the mean of all patches
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ class VisionConfig(TransformerConfig):
     channels: int = 3
     num_classes: int = 10
     pooling: Literal["class", "mean"] = "class"  # what the head reads
+    image_mean: tuple[float, ...] = (0.5,)  # of pixels from 0 to 1, of all channels or of each: what scales bytes
+    image_std: tuple[float, ...] = (0.5,)
     label_smoothing: float = 0.0  # share of each label that is spread over all classes
     activation: Literal["gelu", "gelu_exact", "silu", "relu"] = "gelu"
     gated: bool = False
@@ -49,6 +51,11 @@ class VisionConfig(TransformerConfig):
                 f"patch_size must divide image_size, but got patch_size={self.patch_size} and "
                 f"image_size={self.image_size}."
             )
+        for name in ("image_mean", "image_std"):
+            if len(values := getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"{name} must have a number, or one for each of {self.channels} channels: {values}.")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std must be above 0, but got {self.image_std}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, but got {self.label_smoothing}.")
 
@@ -109,14 +116,26 @@ class VisionTransformer(Tower):
         """A vector for the class token, if there is one, and for each patch, row by row: (B, T, D).
 
         Args:
-          images_BHWC: floats, of the size that the model was built for, scaled as it is used to.
+          images_BHWC: of the size that the model was built for: bytes (uint8), or floats that are scaled already, as
+            `scaled` scales bytes.
           key: for dropout and other randomness of this step; None is evaluation.
         """
         x_BTD = self._embed(images_BHWC)
         return self.read_out(*self.stack.scan(both_streams(x_BTD, self.config.second_stream), key=key).streams)
 
+    def scaled(self, images_BHWC: jax.Array) -> jax.Array:
+        """Images of bytes as the floats that the model reads, fp32: (byte / 255 - image_mean) / image_std."""
+        mean, std = (jnp.array(x)[None, None, None] for x in (self.config.image_mean, self.config.image_std))
+        return (images_BHWC.astype(jnp.float32) / 255 - mean) / std
+
     def loss(
-        self, images_BHWC: jax.Array, labels_B: jax.Array, weights_B: jax.Array | None = None, *, key=None
+        self,
+        images_BHWC: jax.Array,
+        labels_B: jax.Array,
+        weights_B: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+        z_loss: float = 0.0,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Returns (sum of cross-entropies in nats, sum of weights, {"accuracy": sum of weights of the right ones}).
 
@@ -130,6 +149,7 @@ class VisionTransformer(Tower):
         losses_B = -jnp.take_along_axis(log_p_BC, labels_B[:, None], axis=1)[:, 0]
         if share := self.config.label_smoothing:
             losses_B = (1 - share) * losses_B - share * jnp.mean(log_p_BC, axis=1)
+        losses_B = losses_B + z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=1)) if z_loss else losses_B
         right_B = (jnp.argmax(logits_BC, axis=1) == labels_B).astype(jnp.float32)
         return jnp.sum(weights_B * losses_B), jnp.sum(weights_B), {"accuracy": jnp.sum(weights_B * right_B)}
 
@@ -141,8 +161,10 @@ class VisionTransformer(Tower):
                 f"Images must have the shape (B, {', '.join(map(str, wanted))}), channels last, but got "
                 f"{images_BHWC.shape}."
             )
+        if images_BHWC.dtype == jnp.uint8:
+            images_BHWC = self.scaled(images_BHWC)
         if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
-            raise TypeError(f"Images must be floats, scaled as the model is used to, but got {images_BHWC.dtype}.")
+            raise TypeError(f"Images must be bytes (uint8) or scaled floats, but got {images_BHWC.dtype}.")
         batch, side = images_BHWC.shape[0], config.image_size // size
         patches = images_BHWC.reshape(batch, side, size, side, size, config.channels).swapaxes(2, 3)
         x_BTD = self.patches(patches.reshape(batch, side * side, size, size, config.channels))

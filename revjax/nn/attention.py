@@ -200,7 +200,7 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         *,
         context: jax.Array | None = None,
-        context_mask: jax.Array | None = None,
+        context_segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         bias: jax.Array | None = None,
@@ -211,7 +211,8 @@ class Attention(nnx.Module):
 
         Args:
           context: (B, S, context_dim), for cross-attention only.
-          context_mask: (B, S) booleans: which places of the context are seen; None is all.
+          context_segment_ids: (B, S) integers of the context: each position sees its own segment of it, and where there
+            are no `segment_ids`, segment 1; None is all.
           positions: (B, T) or (1, T), for the rotary embedding alone; None counts from 0, or on from the cache.
             Who sees whom follows the order in x, not these numbers.
           segment_ids: (B, T) integers: a position sees its own segment only (packed documents).
@@ -219,15 +220,15 @@ class Attention(nnx.Module):
           cache: earlier keys and values, which x follows.
           key: for dropout; None is evaluation.
         """
-        self._check_call(context, context_mask, segment_ids, cache)
+        self._check_call(context, context_segment_ids, segment_ids, cache)
         source = x_BTD if context is None else context
         q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(source), self.value(source)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         offset, q_segments, k_segments = 0, segment_ids, segment_ids
-        if context_mask is not None:  # every query is of segment 1
-            k_segments = context_mask.astype(jnp.int32)
-            q_segments = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        if context_segment_ids is not None:
+            k_segments = context_segment_ids.astype(jnp.int32)
+            q_segments = jnp.ones(x_BTD.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         if cache is not None:
             offset, (q_segments, k_segments) = cache.length, cache.segments(x_BTD.shape[1])
         if self.rotary is not None:
@@ -258,22 +259,24 @@ class Attention(nnx.Module):
         y_BTD = self.out(o_BTNH)
         return y_BTD if cache is None else (y_BTD, {"cache": cache})
 
-    def _check_call(self, context, context_mask, segment_ids, cache):
+    def _check_call(self, context, context_segment_ids, segment_ids, cache):
         if self.is_cross and context is None:
             raise ValueError(
                 "This is cross-attention (context_dim is set), so it needs `context=` (B, S, context_dim)."
             )
         if not self.is_cross and context is not None:
             raise ValueError("Self-attention takes no context. For cross-attention build it with `context_dim=`.")
-        if context_mask is not None and (context is None or context_mask.shape != context.shape[:2]):
+        if context_segment_ids is not None and (context is None or context_segment_ids.shape != context.shape[:2]):
             raise ValueError(
-                f"context_mask must have the shape (B, S) of a context, but got {context_mask.shape} and "
+                f"context_segment_ids must have the shape (B, S) of a context, but got {context_segment_ids.shape} and "
                 f"{'no context' if context is None else f'a context of {context.shape}'}."
             )
         if cache is not None and not self.causal:
             raise ValueError("A cache needs causal self-attention: otherwise earlier outputs would change.")
-        if segment_ids is not None and (cache is not None or self.is_cross):
-            raise ValueError("segment_ids work in self-attention without a cache: its segments are text and padding.")
+        if segment_ids is not None and cache is not None:
+            raise ValueError("segment_ids work without a cache: its segments are text and padding.")
+        if segment_ids is not None and self.is_cross and context_segment_ids is None:
+            raise ValueError("In cross-attention, segment_ids need context_segment_ids beside them.")
 
 
 def _check_heads(d_model, num_heads, num_kv_heads, head_dim, rotary):

@@ -95,7 +95,7 @@ def _loss_sum_fwd(spec, hidden, kernel, bias, targets, weights):
     # Without it XLA may move the transpose into the product of a single tile, which it then has no bf16 kernel for on a
     # CPU (jax 0.10.2).
     dkernel = jax.lax.optimization_barrier(dtable).T
-    dbias = None if bias is None else dbias.astype(bias.dtype)
+    dbias = None if bias is None else jnp.asarray(dbias, bias.dtype)
     return total, (_untile(dx, hidden.shape[1]), dkernel.astype(kernel.dtype), dbias, _untile(losses, hidden.shape[1]))
 
 

@@ -37,7 +37,9 @@ def buckets_of(num_buckets: int, *, causal: bool, max_distance: int) -> np.ndarr
     each = num_buckets if causal else num_buckets // 2
     exact = each // 2
     if max_distance <= exact:
-        raise ValueError(f"max_distance must be above {exact}, which {num_buckets} buckets reach, but got {max_distance}.")
+        raise ValueError(
+            f"max_distance must be above {exact}, which {num_buckets} buckets reach, but got {max_distance}."
+        )
     distance = np.arange(max_distance + 1)
     # In float32, as it was when the tables were learned: a boundary may fall on either side of a whole number.
     wide = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))

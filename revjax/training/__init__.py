@@ -8,10 +8,12 @@ from .folder import RunFolder as RunFolder
 from .folder import read_config as read_config
 from .loop import Outcome as Outcome
 from .loop import TrainingConfig as TrainingConfig
-from .loop import mean_loss as mean_loss
+from .loop import means as means
 from .loop import train as train
 from .metrics import MetricsLog as MetricsLog
 from .metrics import bits_per_byte as bits_per_byte
+from .metrics import describe_evaluation as describe_evaluation
+from .metrics import headline as headline
 from .metrics import read_metrics as read_metrics
 from .metrics import rewinds_to as rewinds_to
 from .optimizer import OptimizerConfig as OptimizerConfig

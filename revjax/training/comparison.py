@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..errors import RunFolderError
-from .metrics import read_metrics
+from .metrics import headline, read_metrics
 from .plots import smooth
 
 
@@ -22,15 +22,15 @@ class RunSummary:
 
     name: str
     step: int
-    bits_per_byte: float | None  # of training, the mean of the last fiftieth
-    held_out: float | None  # bits per byte of the last evaluation
+    loss: float | None  # of training, the mean of the last fiftieth: in bits per byte of text, or nats
+    held_out: float | None  # of the last evaluation, likewise
     best_held_out: float | None
     tokens_per_second: float | None  # median
     canary: int  # rows not rebuilt to the bit, over all steps
     unsafe: int  # elements that were not finite or did not fit, over all steps
     skipped: int  # updates left out
-    losses: dict[int, float]  # of training, in bits per byte, by step; those that are no number are left out
-    held_out_losses: dict[int, float]  # of the held-out text, likewise
+    losses: dict[int, float]  # of training, by step; those that are no number are left out
+    held_out_losses: dict[int, float]  # of what is held out, likewise
 
 
 def summarize_run(folder: str | os.PathLike) -> RunSummary:
@@ -43,7 +43,7 @@ def summarize_run(folder: str | os.PathLike) -> RunSummary:
     return RunSummary(
         name=folder.name,
         step=steps[-1]["step"] if steps else 0,
-        bits_per_byte=_latest(steps, float(np.mean(recent)) if recent else math.nan),
+        loss=_latest(steps, float(np.mean(recent)) if recent else math.nan),
         held_out=_latest(evaluations, next(reversed(held_out.values()), math.nan)),
         best_held_out=min(held_out.values(), default=None),
         tokens_per_second=statistics.median(speeds) if speeds else None,
@@ -56,14 +56,14 @@ def summarize_run(folder: str | os.PathLike) -> RunSummary:
 
 
 def _by_step(lines: list[dict[str, Any]]) -> dict[int, float]:
-    return {line["step"]: line["bits_per_byte"] for line in lines if line["bits_per_byte"] is not None}
+    return {line["step"]: x for line in lines if (x := headline(line)) is not None}
 
 
 def _latest(lines: list[dict[str, Any]], number: float) -> float | None:
     """`number`, unless there are no lines (None) or the last one has no number (nan)."""
     if not lines:
         return None
-    return math.nan if lines[-1]["bits_per_byte"] is None else number
+    return math.nan if headline(lines[-1]) is None else number
 
 
 def find_runs(folder: str | os.PathLike) -> list[pathlib.Path]:
@@ -80,7 +80,7 @@ def table(summaries: list[RunSummary]) -> str:
     columns: dict[str, Any] = {
         "run": lambda s: s.name,
         "step": lambda s: f"{s.step:,}",
-        "train": lambda s: _number(s.bits_per_byte),
+        "train": lambda s: _number(s.loss),
         "held out": lambda s: _number(s.held_out),
         "best": lambda s: _number(s.best_held_out),
         "tokens/s": lambda s: "-" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
@@ -91,11 +91,11 @@ def table(summaries: list[RunSummary]) -> str:
     rows = [list(columns)] + [[cell(s) for cell in columns.values()] for s in summaries]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     line = lambda row: "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
-    return "\n".join([*map(line, rows), "", "train, held out, best: bits per byte"])
+    return "\n".join([*map(line, rows), "", "train, held out, best: bits per byte of text, nats of anything else"])
 
 
 def plot_runs(summaries: list[RunSummary], path: pathlib.Path) -> None:
-    """Draws the losses of every run in bits per byte: of training, a running mean; of the held-out text, dashed."""
+    """Draws the losses of every run: of training, a running mean; of what is held out, dashed."""
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -111,7 +111,7 @@ def plot_runs(summaries: list[RunSummary], path: pathlib.Path) -> None:
     if drawn:  # as in loss.png, the first steps may be above the frame
         margin = 0.05 * max(highest - lowest, 0.1)
         axes.set_ylim(lowest - margin, highest + margin)
-    axes.set(xlabel="step", ylabel="loss in bits per byte (dashed: held-out text)")
+    axes.set(xlabel="step", ylabel="loss in bits per byte of text, or nats (dashed: held out)")
     axes.grid(color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

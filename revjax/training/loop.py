@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from ..checkpoint import Checkpointer
-from ..data import Batches
+from ..data import RowBatches
 from ..errors import CheckpointError
 from ..logging import Progress, get_logger
 from .host_memory import HostMemory
-from .metrics import MetricsLog, rewinds_to
+from .metrics import MetricsLog, describe_evaluation, rewinds_to
 from .reader import Pending, Reader, Trouble, Work
 from .signals import StopRequest
 from .state import Skeleton, TrainState
@@ -102,7 +102,7 @@ class Outcome:
 def train(
     state: TrainState,
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
-    batches: Batches,
+    batches: RowBatches,
     *,
     config: TrainingConfig,
     skeleton: Skeleton,
@@ -122,7 +122,7 @@ def train(
       state: as of the last step that was made; it is used up.
       train_step: compiled, from `make_train_step`.
       batches: where they stand is saved with each checkpoint.
-      evaluate: returns what the held-out text gives (`loss`, in nats per token, `bits_per_byte`, and maybe more), or
+      evaluate: returns what the held-out part gives (`loss`, in nats per token, `bits_per_byte`, and maybe more), or
         None if it was interrupted; None leaves validation out.
       sample: returns a text, for `config.sample_every`.
       meta: what each checkpoint holds besides, as JSON has it (versions, configuration).
@@ -262,7 +262,7 @@ class _Training:
         if found is not None:
             self.held_out = self.step, found["loss"]
             self.log.validation(step=self.step, **found, time=round(time.time(), 3))
-            get_logger(__name__).info("step %d: validation %.4f bits/byte", self.step, found["bits_per_byte"])
+            get_logger(__name__).info("step %d: validation %s", self.step, describe_evaluation(found))
 
     def _save(self, *, force: bool = False) -> None:
         """Starts to save, and with `force` waits until it is done."""
@@ -282,14 +282,14 @@ class _Training:
         self.reader.restart_clock()
 
 
-def mean_loss(
-    eval_step: Callable[[Any, Any], tuple[Any, Any]],
+def means(
+    eval_step: Callable[[Any, Any], tuple],
     params: Any,
     batches: Iterable[Any],
     *,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, float] | None:
-    """(loss in nats per token, number of tokens) of all `batches`, whose sums are divided once.
+) -> tuple[dict[str, float], float] | None:
+    """(means of all `batches`, whose sums are divided once: "loss", in nats, and maybe more; the sum of weights).
 
     None once `stop()` is true.
     """
@@ -297,6 +297,8 @@ def mean_loss(
     for batch in batches:
         if stop():
             return None
-        sums.append(jax.device_get(eval_step(params, batch)))
-    total, weight = np.sum(np.asarray(sums, np.float64), axis=0)
-    return float(total / weight), float(weight)
+        total, weight, *more = jax.device_get(eval_step(params, batch))
+        sums.append({"": weight, "loss": total} | dict(*more))
+    total = {name: float(np.sum([np.asarray(s[name], np.float64) for s in sums])) for name in sums[0]}
+    weight = total.pop("")
+    return {name: x / weight for name, x in total.items()}, weight

@@ -177,6 +177,24 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / bytes_per_token / math.log(2)
 
 
+def headline(line: dict[str, Any]) -> float | None:
+    """The number by which a line of metrics.jsonl or validation.jsonl is shown: bits per byte of text, or the loss."""
+    return line["bits_per_byte"] if "bits_per_byte" in line else line["loss"]
+
+
+def unit_of(lines: Sequence[dict[str, Any]]) -> str:
+    """What `headline` counts."""
+    return "bits/byte" if all("bits_per_byte" in line for line in lines) else "nats"
+
+
+def describe_evaluation(found: dict[str, Any]) -> str:
+    """What an evaluation gave, in a few words."""
+    number = headline(found)
+    shown = "no number" if number is None else f"{number:.4f}"
+    right = f", accuracy {found['accuracy']:.2%}" if found.get("accuracy") is not None else ""
+    return f"{shown} {unit_of([found])}{right}"
+
+
 def _line(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields).encode() + b"\n"
 

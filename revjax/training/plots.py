@@ -2,12 +2,13 @@
 
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .metrics import read_metrics
+from .metrics import headline, read_metrics, unit_of
 
 _LIGHT, _DARK, _HELD_OUT, _GREY = "#b9cfe4", "#1f5a92", "#c8501e", "#666666"
 
@@ -15,14 +16,15 @@ _LIGHT, _DARK, _HELD_OUT, _GREY = "#b9cfe4", "#1f5a92", "#c8501e", "#666666"
 def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None:
     """Draws the losses of the run in `folder` into its loss.png; returns the path, or None before the first step.
 
-    In bits per byte: every training step (light), their running mean (dark), and the held-out text (points).
+    In bits per byte, or nats of what is not text: every training step (light), their running mean (dark), and what is
+    held out (points).
     """
     folder = pathlib.Path(folder)
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["bits_per_byte"] is not None]
-    held_out = [line for line in read_metrics(folder / "validation.jsonl") if line["bits_per_byte"] is not None]
-    if not lines:
+    lines, held_out = read_metrics(folder / "metrics.jsonl"), _numbers(read_metrics(folder / "validation.jsonl"))
+    unit, numbers = unit_of(lines), _numbers(lines)
+    if not numbers:
         return None
-    steps, losses = (np.array([line[k] for line in lines]) for k in ("step", "bits_per_byte"))
+    steps, losses = np.array([*numbers]), np.array([*numbers.values()])
 
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -31,20 +33,20 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
     if len(losses) >= 20:
         axes.plot(steps, smooth(losses), color=_DARK, linewidth=1.6, label="training, running mean")
     if held_out:
-        x, y = ([line[k] for line in held_out] for k in ("step", "bits_per_byte"))
-        axes.plot(x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, label="held-out text")
+        x, y = [*held_out], [*held_out.values()]
+        axes.plot(x, y, "o-", color=_HELD_OUT, markersize=4, linewidth=1, label="held out")
         last = axes.annotate(
             f"{y[-1]:.3f}", (1.01 * steps[-1], y[-1]), (3, 0), "data", "offset points", va="center", color=_HELD_OUT
         )
         last.set_annotation_clip(False)  # it stands beside the axes
-    lowest = min([*losses, *(line["bits_per_byte"] for line in held_out)])
+    lowest = min([*losses, *held_out.values()])
     # The first steps are far above all that follows: leave them out of the frame rather than flatten the rest.
     highest = max(np.quantile(losses, 0.97), losses[-1]) if len(losses) >= 20 else max(losses)
-    highest = max([highest, *(line["bits_per_byte"] for line in held_out[-1:])])
+    highest = max([highest, *list(held_out.values())[-1:]])
     margin = 0.08 * max(highest - lowest, 0.1)
     axes.set_ylim(lowest - margin, highest + margin)
     axes.set_xlim(0, 1.01 * steps[-1])  # the last point stands inside
-    axes.set(xlabel="step", ylabel="loss in bits per byte")
+    axes.set(xlabel="step", ylabel=f"loss in {unit}")
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -55,6 +57,11 @@ def plot_losses(folder: str | os.PathLike, *, title: str) -> pathlib.Path | None
     path = folder / "loss.png"
     figure.savefig(path)
     return path
+
+
+def _numbers(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """What lines are shown by, by step, where it is a number."""
+    return {line["step"]: x for line in lines if (x := headline(line)) is not None}
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:

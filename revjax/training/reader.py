@@ -35,10 +35,14 @@ class Work:
     """What a step does, for its speed."""
 
     tokens: int
-    bytes_per_token: float = 1.0  # of text
+    bytes_per_token: float | None = 1.0  # of text that is predicted; None where it is something else
     model_flops: float | None = None  # of all tokens, nothing twice
     hardware_flops: float | None = None  # with what is computed again
     peak_flops: float | None = None  # a second, of all devices; None where it is not known
+
+    def in_bits(self, loss: float) -> dict[str, float]:
+        """bits_per_byte, where it is text that is predicted."""
+        return {} if self.bytes_per_token is None else {"bits_per_byte": bits_per_byte(loss, self.bytes_per_token)}
 
     def speeds(self, seconds: float) -> dict[str, float]:
         """tokens_per_second, and what is known of: model FLOPs utilisation, the hardware's, and their peak."""
@@ -102,7 +106,7 @@ class Reader:
         trouble, loss = bool(numbers.pop("trouble")), float(numbers["loss"])
         numbers |= {name: int(numbers[name]) for name in ("canary", "unsafe", "skipped")} | {
             "spike": bool(numbers["spike"]),
-            "bits_per_byte": bits_per_byte(loss, self.work.bytes_per_token),
+            **self.work.in_bits(loss),
             **self.work.speeds(seconds),
             **memory_in_use(),
             "data_wait_s": round(pending.data_wait_s, 6),
@@ -113,7 +117,8 @@ class Reader:
         shown = {"tokens_per_s": round(recent["tokens_per_second"])} | (
             {"mfu": recent["mfu"]} if "mfu" in recent else {}
         )
-        self.progress.update(1, loss=loss, bits_per_byte=numbers["bits_per_byte"], **shown, canary=numbers["canary"])
+        shown = {name: numbers[name] for name in ("bits_per_byte", "accuracy") if name in numbers} | shown
+        self.progress.update(1, loss=loss, **shown, canary=numbers["canary"])
         self.troubles_in_a_row = self.troubles_in_a_row + 1 if trouble else 0
         return self._complain(pending, numbers) if trouble else None
 

@@ -280,6 +280,6 @@ def _accumulated(sums: Callable, n: int) -> Callable:
     return accumulated
 
 
-def make_eval_step(skeleton: Skeleton, loss: Loss) -> Callable[[Nested, PyTree], tuple[jax.Array, jax.Array]]:
-    """Returns `(params, batch) -> (sum of losses, sum of weights)`, without randomness, for `jax.jit`."""
-    return lambda params, batch: loss(skeleton.merge(params), batch, None)[:2]
+def make_eval_step(skeleton: Skeleton, loss: Loss) -> Callable[[Nested, PyTree], tuple]:
+    """Returns `(params, batch) -> what the loss returns`, without randomness, for `jax.jit`."""
+    return lambda params, batch: loss(skeleton.merge(params), batch, None)

@@ -31,7 +31,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # class of the config, of
         VIT | dict(num_channels=1, hidden_act="relu", qkv_bias=False, patch_size=8),
     ),
     "t5": ("T5", "T5ForConditionalGeneration", T5),
-    "t5 1.1": ("T5", "T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "t5 1.1": (
+        "T5",
+        "T5ForConditionalGeneration",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
     "t5, wide heads, more layers, buckets": (
         "T5",
         "T5ForConditionalGeneration",
@@ -92,7 +96,7 @@ def ours_of(model: Any, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return {"logits": jax.jit(lambda m, x: m(x))(model, x["pixel_values"].transpose(0, 2, 3, 1))}
     mask = x["attention_mask"]
     if "decoder_input_ids" in x:
-        run = lambda m, x: m(x["input_ids"], x["decoder_input_ids"], source_mask_BS=mask > 0)
+        run = lambda m, x: m(x["input_ids"], x["decoder_input_ids"], source_segment_ids=mask)
         return {"logits": jax.jit(run)(model, x)}
     seen = dict(segment_ids=mask, kinds_BT=x["token_type_ids"])
     if model.config.head:

@@ -36,7 +36,8 @@ class Tensor:
         if self.layout == "conv1d":
             return inputs, outputs * self.part[1]
         if self.layout == "conv2d":
-            return tuple(ours[i] for i in (3, 2, 0, 1))
+            height, width, channels, out = ours
+            return out, channels, height, width
         own = ours if self.layout == "table" else (int(np.prod(ours)) * self.part[1],)
         return (1,) * self.lead + own
 

@@ -1,4 +1,4 @@
-"""T5, and its version 1.1: RMS norms before each branch, relative positions as a bias, unscaled scores, no other bias."""
+"""T5, and its version 1.1: RMS norms before each branch, relative positions as a bias of scores that are not scaled."""
 
 from collections.abc import Container
 from typing import Any

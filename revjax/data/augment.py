@@ -1,0 +1,44 @@
+"""Images changed at random, on the device, by dm-pix: another key, another change; the same key, the same one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import DataError
+from .images import ImagesConfig
+
+
+def make_augment(config: ImagesConfig) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """`(images of bytes (B, H, W, C), key) -> images`, as `config` says; None where it says nothing.
+
+    What comes from beyond an image is black. Raises `DataError` where dm-pix is not installed.
+    """
+    if not config.augments:
+        return None
+    try:
+        import dm_pix as pix  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError(
+            "dm-pix is not installed (data.crop_padding, data.rotate and data.flip need it): pip install '.[vision]'"
+        ) from None
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        turn, move, mirror = jax.random.split(key, 3)
+        image = image.astype(jnp.float32)
+        if config.rotate:
+            angle = jnp.deg2rad(config.rotate) * jax.random.uniform(turn, minval=-1.0, maxval=1.0)
+            image = pix.rotate(image, angle, mode="constant")
+        if config.crop_padding:
+            padded = jnp.pad(image, ((config.crop_padding,) * 2, (config.crop_padding,) * 2, (0, 0)))
+            image = pix.random_crop(move, padded, image.shape)
+        if config.flip:
+            image = pix.random_flip_left_right(mirror, image)
+        return image
+
+    def augment(images: Any, key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, images.shape[0])
+        return jnp.clip(jnp.round(jax.vmap(one)(images, keys)), 0, 255).astype(jnp.uint8)
+
+    return augment
