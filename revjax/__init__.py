@@ -16,8 +16,14 @@ from .core import reversible_scan as reversible_scan
 from .models import CheckReport as CheckReport
 from .models import Decoder as Decoder
 from .models import DecoderConfig as DecoderConfig
+from .models import Encoder as Encoder
+from .models import EncoderConfig as EncoderConfig
+from .models import EncoderDecoder as EncoderDecoder
+from .models import EncoderDecoderConfig as EncoderDecoderConfig
 from .models import Report as Report
 from .models import ReversibleStack as ReversibleStack
+from .models import VisionConfig as VisionConfig
+from .models import VisionTransformer as VisionTransformer
 from .models import check as check
 from .models import preset as preset
 from .models import value_and_add_grad as value_and_add_grad

@@ -7,7 +7,7 @@ from flax import nnx
 
 from revjax.config import load
 from revjax.experiment import RunConfig
-from revjax.models import Decoder, num_params
+from revjax.models import make_model, num_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -20,7 +20,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_it_loads_and_its_model_builds(path):
     config = load(RunConfig, path, environ={})
-    model = nnx.eval_shape(lambda: Decoder(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make_model(config.model, plan=config.memory.plan, rngs=nnx.Rngs(0)))
     assert num_params(model) > 0
 
 

@@ -4,11 +4,14 @@ import pathlib
 import re
 import shlex
 
+import pytest
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
+GUIDE = README.parent / "docs" / "your-own-model.md"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_python_of_the_readme_runs(capsys):
@@ -16,6 +19,16 @@ def test_the_python_of_the_readme_runs(capsys):
     for code in ("\n".join(own_block), without_nnx, language_model):  # the last two stand alone
         exec(compile(code, str(README), "exec"), {"__name__": "readme"})
     assert "exact; safe to train" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_python_of_the_guide_runs_as_one_script(capsys):
+    code = "\n".join(blocks("python", GUIDE))
+    exec(compile(code, str(GUIDE), "exec"), {"__name__": "guide"})
+    out = capsys.readouterr().out
+    assert "exact; safe to train" in out
+    shallow, deep = map(float, re.search(r"plan nothing: (\S+) kB with 8 layers, (\S+) kB", out).groups())
+    assert deep <= 1.02 * shallow
 
 
 def test_every_file_in_its_commands_exists():

@@ -16,7 +16,19 @@ import optax
 from flax import nnx
 
 from ..core import trace
-from ..models import Decoder, DecoderConfig, value_and_grad
+from ..models import (
+    Decoder,
+    DecoderConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    VisionConfig,
+    example_batch,
+    loss_of,
+    make_model,
+    stacks_of,
+    value_and_grad,
+)
 from ..nn import RopeScaling
 
 EXACT_COUPLINGS = (
@@ -46,7 +58,7 @@ class ExactnessConfig:
     scale_to: float = 20.0  # |x| that branches are scaled to reach
     learning_rate: float = 1e-4
 
-    def decoder(self) -> DecoderConfig:
+    def model(self) -> ModelConfig:
         return DecoderConfig(
             num_layers=self.num_layers,
             d_model=self.d_model,
@@ -59,7 +71,7 @@ class ExactnessConfig:
 
 
 _GEMMA: dict[str, Any] = dict(norm_offset=1.0, post_norm=True, activation="gelu", window=24, embedding_scale=8.0)
-FAMILIES: dict[str, dict[str, Any]] = {  # what each family of pretrained decoders has that Llama has not
+FAMILIES: dict[str, dict[str, Any]] = {  # what each family of pretrained models has that Llama has not
     "gpt2": dict(norm="layer", use_bias=True, gated=False, positions="learned", activation="gelu"),
     "llama": dict(num_kv_heads=2, rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_length=32)),
     "mistral": dict(num_kv_heads=2, window=24, tie_embeddings=False),
@@ -70,18 +82,32 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what each family of pretrained decode
     "gemma2": _GEMMA | dict(layer_pattern=("local", "global"), attention_softcap=50.0, logit_softcap=30.0),
     "gemma3": _GEMMA
     | dict(layer_pattern=("local",) * 5 + ("global",), qk_norm=True, local_rope_base=1e4, rope_base=1e6),
+    "bert": dict(norm_placement="post", positions="learned", token_kinds=2),
+    "vit": dict(image_size=32, patch_size=4),
+    "t5": dict(positions="relative", attention_scale=1.0, gated=False, activation="relu"),
 }
+_OTHERS: dict[str, type[ModelConfig]] = {"bert": EncoderConfig, "vit": VisionConfig, "t5": EncoderDecoderConfig}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyConfig(ExactnessConfig):
-    """A family of pretrained decoders, with a coupling that comes near to the ordinary network."""
+    """A family of pretrained models, with a coupling that comes near to the ordinary network."""
 
     family: str
+    stochastic_depth: float = 0.1
 
-    def decoder(self) -> DecoderConfig:
-        last = "last" if self.coupling.startswith("near-residual") else "auto"
-        return dataclasses.replace(super().decoder(), num_heads=4, readout=last, **FAMILIES[self.family])
+    def model(self) -> ModelConfig:
+        return _OTHERS.get(self.family, DecoderConfig)(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=4,
+            dropout=0.1,
+            stochastic_depth=self.stochastic_depth,
+            coupling=self.coupling,
+            readout="last" if self.coupling.startswith("near-residual") else "auto",
+            dtype=self.dtype,  # pyright: ignore[reportArgumentType]
+            **FAMILIES[self.family],
+        )
 
 
 def exactness(config: ExactnessConfig) -> dict[str, float | str]:
@@ -90,21 +116,29 @@ def exactness(config: ExactnessConfig) -> dict[str, float | str]:
     With `drift`, also how many rows come back wrong without pinning (one step), and how far float32 streams are
     off when the whole stack is inverted, relative to the largest |x|.
     """
-    decoder = config.decoder()
-    model = Decoder(decoder, rngs=nnx.Rngs(0))
-    shape = (config.batch_size, config.sequence_length + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, decoder.vocab_size)
-    model = scaled_until(model, tokens, config.scale_to)
-    row = dataclasses.asdict(config) | _train(model, tokens, config.steps, config.learning_rate)
+    model = make_model(config.model(), plan="nothing", rngs=nnx.Rngs(0))
+    batch = random_batch(config.model(), config.batch_size, config.sequence_length)
+    model = scaled_until(model, batch, config.scale_to)
+    row = dataclasses.asdict(config) | _train(model, batch, config.steps, config.learning_rate)
     if config.drift:
+        assert isinstance(model, Decoder)
         key = jax.random.key(2)
         with unpinned():
-            row["unpinned_rows_wrong"] = float(jax.jit(lambda m: _gradient(m, tokens, key)[0][1].canary)(model))
+            row["unpinned_rows_wrong"] = float(jax.jit(lambda m: _gradient(m, batch, key)[0][1].canary)(model))
         model.stack.exact = False
-        x = model.embedding.encode(tokens[:, :-1])
+        x = model.embedding.encode(batch["tokens"][:, :-1])
         error = float(model.stack.reconstruction_error(x, key=key).max()) / row["max_abs"]
         row["float_error"] = error if math.isfinite(error) else None  # JSON has no infinity
     return row
+
+
+def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, jax.Array]:
+    """What `loss_of(config)` takes, of random numbers."""
+    below = {"labels": config.num_classes, "images": 256} if isinstance(config, VisionConfig) else {}
+    draw = lambda name, x: jax.random.randint(
+        jax.random.key(1), x.shape, 0, below.get(name) or getattr(config, "vocab_size", 0)
+    ).astype(x.dtype)
+    return {name: draw(name, x) for name, x in example_batch(config, rows, length).items()}
 
 
 @contextlib.contextmanager
@@ -117,21 +151,22 @@ def unpinned():
         trace.evaluate_pinned = pinned
 
 
-def scaled_until(model: Decoder, tokens: jax.Array, target: float) -> Decoder:
+def scaled_until(model: Any, batch: dict[str, jax.Array], target: float) -> Any:
     """The model with what ends a branch (a projection, or a norm) multiplied until the largest |x| passes `target`."""
-    step = jax.jit(lambda model: _gradient(model, tokens, jax.random.key(2))[0][1].max_abs)
-    offset = model.config.norm_offset
+    step = jax.jit(lambda model: _gradient(model, batch, jax.random.key(2))[0][1].max_abs)
+    offset, ends_in_norm = model.config.norm_offset, model.config.norm_placement == "post"
 
     def grown(path, a):
-        if "post_norm" in jax.tree_util.keystr(path):
+        name = jax.tree_util.keystr(path)
+        if "post_norm" in name or (ends_in_norm and "'norm'" in name):
             return (a + offset) * 1.5 - offset
         return a * 1.5 if _is_output(path) else a
 
     for _ in range(12):
         if float(step(model)) >= target:
             return model
-        state = nnx.state(model.stack, nnx.Param)
-        nnx.update(model.stack, jax.tree_util.tree_map_with_path(grown, state))
+        for stack in stacks_of(model).values():
+            nnx.update(stack, jax.tree_util.tree_map_with_path(grown, nnx.state(stack, nnx.Param)))
     raise ValueError(f"No scale of the branches brought |x| to {target}.")
 
 
@@ -139,18 +174,18 @@ def _is_output(path) -> bool:
     return any(f"'{name}'" in str(key) for key in path for name in ("out", "down"))
 
 
-def _gradient(model, tokens, key):
-    loss = lambda model: jnp.divide(*model.loss(tokens[:, :-1], tokens[:, 1:], key=key))
+def _gradient(model, batch, key):
+    loss = lambda model: jnp.divide(*loss_of(model.config)(model, batch, key)[:2])
     return value_and_grad(loss)(model)
 
 
-def _train(model: Decoder, tokens: jax.Array, steps: int, learning_rate: float) -> dict[str, float]:
+def _train(model: Any, batch: dict[str, jax.Array], steps: int, learning_rate: float) -> dict[str, float]:
     optimizer = optax.adamw(learning_rate)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
     def step(params, opt_state, rest, key):
-        (loss, report), grads = _gradient(nnx.merge(graphdef, params, rest), tokens, key)
+        (loss, report), grads = _gradient(nnx.merge(graphdef, params, rest), batch, key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, (loss, report.canary, report.unsafe, report.max_abs)
 

@@ -78,6 +78,25 @@ def memory(config: MemoryConfig) -> dict[str, int | str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptConfig(MemoryConfig):
+    """A coupling whose kept bytes are read from two depths: `num_layers`, and three times as many."""
+
+    stack_only: bool = True
+
+
+def kept(config: KeptConfig) -> dict[str, float | str]:
+    """Bytes that stay of each token and layer until the backward pass: what memory grows by from one depth to another.
+
+    By "reversible", "checkpoint" and "stored", from XLA's figures.
+    """
+    deep = dataclasses.replace(config, num_layers=3 * config.num_layers)
+    first, last = memory(config), memory(deep)
+    each = 2 * config.num_layers * config.batch_size * config.sequence_length
+    slopes = {name: (float(last[name]) - float(first[name])) / each for name in ("reversible", "checkpoint", "stored")}
+    return dataclasses.asdict(config) | slopes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStepConfig(MemoryConfig):
     """The whole training step of a decoder: gradient, clipping, AdamW, in place of the old state."""
 

@@ -93,10 +93,18 @@ def compare(config: StudyConfig, *, measure: bool = True) -> Iterator[Row]:
 def fingerprint(config: RunConfig) -> str:
     """A hash of every setting that changes what a run computes.
 
-    What is null does nothing, and is left out: so a result stays that of its run when revjax learns more settings.
+    What is null does nothing, and is left out: so a result stays that of its run when revjax learns more settings. So
+    is what was all that there was.
     """
     settings = _without_null(dataclasses.asdict(config))
     del settings["run"]
+    for section, name, only in (
+        ("model", "family", "decoder"),
+        ("model", "norm_placement", "pre"),
+        ("data", "kind", "text"),
+    ):
+        if settings[section].get(name) == only:
+            del settings[section][name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

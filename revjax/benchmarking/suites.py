@@ -15,7 +15,7 @@ from .cost import cost, draw
 from .exactness import EXACT_COUPLINGS, FAMILIES, ExactnessConfig, FamilyConfig, exactness
 from .gradients import GradientsConfig, gradients
 from .loop import LoopConfig, loop
-from .memory import AttentionConfig, MemoryConfig, TrainStepConfig, attention, memory, train_step
+from .memory import AttentionConfig, KeptConfig, MemoryConfig, TrainStepConfig, attention, kept, memory, train_step
 from .peers import PEERS, PeerConfig, peer
 from .planning import PlanningConfig, planning
 from .rivals import rival, ways
@@ -46,7 +46,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
         [
             FamilyConfig(family=f, coupling=c, steps=200, drift=False, **_TUNED)
             for f in FAMILIES
-            for c in ("near-residual:4", "bdia:1")
+            for c in ("near-residual:4", "bdia:4" if f == "bert" else "bdia:1")  # post-norm layers need near ones
         ],
     ),
     "gradients": (
@@ -77,6 +77,13 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
         + [
             MemoryConfig(num_layers=n, d_model=512, sequence_length=2048, batch_size=1, vocab_size=32_000)
             for n in (12, 48)
+        ],
+    ),
+    "kept": (
+        kept,
+        [
+            KeptConfig(coupling=c, num_layers=12, d_model=256, sequence_length=512, batch_size=4)
+            for c in ("revnet", "near-residual:1", "near-residual:4", "bdia:4")
         ],
     ),
     "context": (
@@ -126,6 +133,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
     "speed": (
         speed,
         [SpeedConfig(dtype=dtype, **_WIDE) for dtype in ("bfloat16", "float32")]
+        + [SpeedConfig(dtype="bfloat16", coupling=c, **_WIDE) for c in ("near-residual:1", "near-residual:4")]
         + [
             SpeedConfig(num_layers=12, d_model=128, sequence_length=8192, batch_size=1, dtype=dtype, pairs=9)
             for dtype in ("bfloat16", "float32")
@@ -143,6 +151,7 @@ ABOUT = {
     "attention": "bytes of blockwise attention at three lengths (a minute)",
     "train-step": "bytes of the whole training step, also with updates in the backward pass (four minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
+    "kept": "bytes that couplings keep of each token and layer, beside jax.checkpoint and stored (five minutes)",
     "context": "bytes of the gradient beside jax.checkpoint and stored, by the length of the context (two minutes)",
     "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",
     "planner": "what the planner would choose for 20 budgets, beside the fastest steps that fit (half an hour)",

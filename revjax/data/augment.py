@@ -1,5 +1,6 @@
 """Images changed at random, on the device, by dm-pix: another key, another change; the same key, the same one."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ def make_augment(config: ImagesConfig) -> Callable[[jax.Array, jax.Array], jax.A
     if not config.augments:
         return None
     try:
-        import dm_pix as pix  # pyright: ignore[reportMissingImports]
+        pix: Any = importlib.import_module("dm_pix")
     except ImportError:
         raise DataError(
             "dm-pix is not installed (data.crop_padding, data.rotate and data.flip need it): pip install '.[vision]'"

@@ -6,6 +6,7 @@ told by a hash of the file's name in the folder (elsewhere, of the image), so th
 
 import dataclasses
 import hashlib
+import importlib
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -244,8 +245,6 @@ def _fingerprint(keys: list[bytes], labels: np.ndarray, train: ImageRows) -> str
 
 def _need(module: str, package: str, why: str) -> Any:
     """The module; raises `DataError` where it is not installed."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,5 +1,6 @@
 """BERT, ViT and T5 compute what transformers computes, and go out again as they came in."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -11,10 +12,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from revjax import cli
+from revjax.config import load
 from revjax.conversion import copy_parameters, open_pretrained, parameter_shapes, write_pretrained
+from revjax.errors import ConfigError, RevjaxError
+from revjax.experiment import FromHFConfig, RunConfig, from_hf
 from revjax.experiment.trained import read_file
 from revjax.models import EncoderConfig, EncoderDecoderConfig, VisionConfig, make_model
 from revjax.training import split_abstract
+
+from .models import save_tokenizer
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 BERT = SIZES | dict(vocab_size=101, max_position_embeddings=640)
@@ -147,6 +154,9 @@ SHAPES = {
 }
 
 
+ARCHITECTURES = {"bert": "BertForMaskedLM", "vit": "ViTForImageClassification", "t5": "T5ForConditionalGeneration"}
+
+
 def write(family: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """A checkpoint of random parameters; returns these."""
     draw = np.random.default_rng(0)
@@ -186,3 +196,71 @@ def test_old_names_and_the_other_heads_of_bert(tmp_path):
     read = load_file(tmp_path / "ours.safetensors")
     assert all(np.array_equal(read[name], x) for name, x in params.items())
     assert set(read) - set(params) == {"pooler.kernel", "pooler.bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_run_comes_from_a_checkpoint_is_tuned_exactly_and_goes_out_as_the_stock_network(family, tmp_path, capsys):
+    write(family, tmp_path / "hf")
+    settings = ["--training.steps=3", "--training.eval_every=3", "--training.eval_batches=1", "--data.batch_size=4"]
+    if family == "vit":
+        pytest.importorskip("sklearn", reason="digits come with scikit-learn")
+        scale = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
+        (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(scale))
+    else:
+        save_tokenizer(tmp_path / "hf")
+        (tmp_path / "text.txt").write_text("\n\n".join(f"w{i % 90} w{i % 7} w{i % 50}" for i in range(1, 5000)))
+        settings += [f"--data.source={tmp_path / 'text.txt'}", f"--data.cache={tmp_path / 'tokens'}"]
+        settings += ["--data.sequence_length=32"]
+    run = tmp_path / "run"
+    assert cli.main(["convert", "from-hf", str(tmp_path / "hf"), f"--output={run}", "--max_kl=1"]) == 0
+    out = capsys.readouterr().out
+    assert "canary 0, unsafe 0" in out and "gradients beside the stored run's 0.0e+00" in out
+    found = json.loads((run / "fidelity.json").read_text())
+    assert found["distances"]["rounding"]["kl"] < found["distances"]["coupling"]["kl"]
+    assert ("packed" in found["distances"]) == ("padded" in found["distances"]) == (family != "vit")
+    if family == "vit":
+        assert load(RunConfig, run / "config.yaml", environ={}).model.image_mean == (0.1, 0.2, 0.3)
+    else:
+        assert all(found["distances"][name]["largest"] < 1e-5 for name in ("packed", "padded"))
+    settings += [f"--run.folder={tmp_path}", "--run.name=tuned", "--run.compilation_cache=null", "--mesh.data=1"]
+    start = [f"--training.start_from={run}"]
+    assert cli.main(["train", str(run / "config.yaml"), *settings, *start]) == 0
+    assert "every stream was rebuilt to the bit, at each of 3 steps" in capsys.readouterr().out
+    assert cli.main(["convert", "to-hf", str(tmp_path / "tuned"), f"--output={tmp_path / 'out'}"]) == 0
+    assert "as it leaves" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "out"))
+    assert before.keys() == after.keys() and any(not np.array_equal(before[name], after[name]) for name in before)
+    same = [json.loads((tmp_path / name / "config.json").read_text())["architectures"] for name in ("hf", "out")]
+    assert same[0] == same[1] == [ARCHITECTURES[family]]
+
+
+def test_a_checkpoint_without_a_head_is_no_run(tmp_path):
+    config = dataclasses.replace(SHAPES["bert"], head=False, pooler=True)
+    draw = np.random.default_rng(0)
+    params = {n: draw.normal(0, 0.1, shape).astype(dtype) for n, (shape, dtype) in parameter_shapes(config).items()}
+    (tmp_path / "hf").mkdir()
+    write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert open_pretrained(tmp_path / "hf").config == dataclasses.replace(
+        open_pretrained(tmp_path / "hf").config, head=False, pooler=True
+    )
+    with pytest.raises(ConfigError, match="has no head, so a run has nothing to train it for"):
+        from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_family_or_with_values_of_none_is_refused(tmp_path):
+    write("vit", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    theirs = json.loads(path.read_text())
+    for change, message in [
+        ({"model_type": "bert"}, r"architectures \['ViTForImageClassification'\] is not a BertForMaskedLM"),
+        ({"image_size": [32, 48]}, "image_size must be int"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
+        ({"layerscale": 0.1}, "layerscale=0.1"),
+        ({"patch_size": 8}, "vit.embeddings.patch_embeddings.projection.weight is"),
+    ]:
+        path.write_text(json.dumps(theirs | change))
+        with pytest.raises(RevjaxError, match=message):
+            open_pretrained(tmp_path / "hf")

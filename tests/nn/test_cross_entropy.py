@@ -40,6 +40,24 @@ def test_loss_and_gradients_are_those_of_the_full_logits(tile_tokens, z_loss, so
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
 
 
+@pytest.mark.parametrize("tile_tokens", [12, 1000])
+def test_a_bias_is_added_to_the_logits_and_has_a_gradient(tile_tokens):
+    x, kernel, targets, weights = inputs()
+    bias = jax.random.normal(jax.random.key(9), (V,))
+    options = dict(tile_tokens=tile_tokens, dtype=jnp.float32)
+    tiled = lambda x, kernel, bias: cross_entropy(x, kernel, targets, weights, bias_V=bias, **options)[0]
+
+    def full(x, kernel, bias):
+        logits = jnp.einsum("btd,dv->btv", x, kernel) + bias[None, None]
+        return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    for f, g in ((tiled, full), (jax.grad(tiled, (0, 1, 2)), jax.grad(full, (0, 1, 2)))):
+        actual, expected = jax.jit(f)(x, kernel, bias), jax.jit(g)(x, kernel, bias)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
+    with pytest.raises(ValueError, match=r"bias_V must have the shape \(21,\)"):
+        cross_entropy(x, kernel, targets, bias_V=bias[:-1])
+
+
 def test_the_gradient_of_a_sum_through_a_tied_kernel_runs_in_bf16():
     """XLA for CPUs has no kernel for the product that it would make of this by itself."""
     x, kernel, targets, _ = inputs()

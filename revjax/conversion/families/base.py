@@ -45,7 +45,7 @@ class Tensor:
         """Our parameter, of the shape `shape`, out of their tensor."""
         if self.layout == "conv2d":
             return theirs.transpose(2, 3, 1, 0)
-        x = theirs.T if self.layout == "linear" else theirs.reshape(theirs.shape[self.lead :])
+        x = theirs.T if self.layout == "linear" else np.squeeze(theirs, tuple(range(self.lead)))
         if self.layout != "table":
             size = x.shape[-1] // self.part[1]
             x = x[..., self.part[0] * size : (self.part[0] + 1) * size]
