@@ -395,3 +395,55 @@ def test_help_shows_types_comments_and_defaults():
     assert text.startswith("usage: revjax train [CONFIG.yaml]\n\nTrains.\n\nEach field can be set by")
     assert "--model.num_layers INT" in text and "width of the streams" in text and "(default: 6)" in text
     assert "--model.coupling revnet|midpoint" in text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cat:
+    kind: Literal["cat"] = "cat"
+    lives: int = 9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dog:
+    kind: Literal["dog"] = "dog"
+    tricks: int = 0  # that it knows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Owner:
+    pet: Cat | Dog = Cat(lives=7)
+
+
+def test_one_of_several_sections_is_told_by_its_tag(tmp_path):
+    owner = lambda *words: load(Owner, (), words, {}).pet
+    assert owner() == Cat(lives=7) and owner("--pet.lives=3") == Cat(lives=3)
+    assert owner("--pet.kind=dog") == Dog() and owner("--pet.kind=dog", "--pet.tricks=2") == Dog(tricks=2)
+    assert owner("--pet.kind=cat") == Cat(lives=7)
+    path = tmp_path / "owner.yaml"
+    path.write_text(dump(Owner(pet=Dog(tricks=5))))
+    assert load(Owner, path, [], {}).pet == Dog(tricks=5)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--pet.kind=dgo"], "--pet.kind must be 'cat' | 'dog', but got 'dgo' (str). Did you mean 'dog'?"),
+        (["--pet.tricks=1"], "--pet.tricks: unknown field 'pet.tricks'. Known fields of pet: kind, lives."),
+        (["--pet.kind=dog", "--pet.tricks=x"], "--pet.tricks must be int, but got 'x' (str)."),
+        (
+            ["--tricks=1"],
+            "--tricks: unknown field 'tricks'. Did you mean 'pet.tricks'? Known fields of the config: pet.",
+        ),
+    ],
+)
+def test_mistakes_in_one_of_several_sections_are_located(words, message):
+    with pytest.raises(ConfigError) as error:
+        load(Owner, (), words, {})
+    assert str(error.value).startswith(message)
+
+
+def test_help_shows_the_section_that_is_chosen():
+    given = dict(prog="x", description="x")
+    text, of_dog = help_text(Owner, **given), help_text(Owner, **given, default=Owner(pet=Dog(tricks=4)))
+    assert "--pet.lives" in text and "(default: 7)" in text and "--pet.tricks" not in text
+    assert "--pet.tricks" in of_dog and "that it knows (default: 4)" in of_dog and "--pet.lives" not in of_dog

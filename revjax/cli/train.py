@@ -1,7 +1,7 @@
 """`revjax train [CONFIG.yaml ...] [--section.field=value ...]`."""
 
 from .. import experiment
-from ..config import help_text, load_with_provenance
+from ..config import help_text, load, load_with_provenance
 from ..errors import ConfigError, nearest
 from ..logging import setup
 from .terminal import shown
@@ -11,7 +11,9 @@ USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-con
 SWITCHES = ("--print-config", "--dry-run", "--log-format=json", "--allow-change=FIELD")
 DESCRIPTION = f"""{USAGE}
 
-Trains a language model and leaves everything in runs/NAME. Run again, it continues where it ended.
+Trains a model and leaves everything in runs/NAME. Run again, it continues where it ended. With a config, --help shows
+its values, and the fields of its family of models (others are --model.family=encoder, encoder-decoder and, with
+--data.kind=images, vision).
 --print-config shows every value and where it was set. --dry-run checks everything, tells what the run would need,
 and trains nothing. A run that was begun refuses other settings, but not those that are named, such as
 --allow-change=training.steps,training.eval_every. --log-format=json writes one JSON object a line to stderr.
@@ -23,7 +25,8 @@ def train(argv: list[str]) -> int:
     """Trains the run that files and settings describe; returns the exit code."""
     paths, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(help_text(experiment.RunConfig, prog="revjax train", description=DESCRIPTION))
+        of_config = load(experiment.RunConfig, paths, settings) if paths or settings else None
+        print(help_text(experiment.RunConfig, prog="revjax train", description=DESCRIPTION, default=of_config))
         return 0
     print_only, dry = take(settings, "--print-config"), take(settings, "--dry-run")
     allowed = [word for word in settings if word.startswith("--allow-change=")]

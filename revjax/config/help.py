@@ -7,6 +7,7 @@ import shutil
 import textwrap
 import types
 import typing
+from typing import Any
 
 import tyro
 import yaml
@@ -22,10 +23,11 @@ _MARK = "(what stands before it is ours)"
 _FLAT = "Options are written --name=VALUE, and values as in YAML: null, true, 1e-3, [1, 2]."
 
 
-def help_text(schema: type, *, prog: str, description: str) -> str:
+def help_text(schema: type, *, prog: str, description: str, default: Any = None) -> str:
     """Returns what `prog --help` prints: each field of `schema` with its type, comment and default.
 
-    `description` begins with the usage line.
+    `description` begins with the usage line. `default` is an instance of `schema` that has the defaults; where a field
+    may be one of several dataclasses, it also says which.
     """
     usage, *paragraphs = description.strip().split("\n\n")
     has_sections = any(map(dataclasses.is_dataclass, typing.get_type_hints(schema).values()))
@@ -37,6 +39,7 @@ def help_text(schema: type, *, prog: str, description: str) -> str:
     with registry, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(
             schema,
+            default=default if default is not None else tyro.MISSING_NONPROP,
             args=["--help"],
             prog=prog,
             description=_MARK,
@@ -51,6 +54,8 @@ def _written_as_yaml(info):
     """tyro would show None, True and several words: show values as `load` reads them."""
     if typing.get_origin(info.type) is None and info.type not in (bool, int, float, str):
         return None  # a section
+    if typing.get_args(info.type) and all(map(dataclasses.is_dataclass, typing.get_args(info.type))):
+        return None  # one of several
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=_metavar(info.type),

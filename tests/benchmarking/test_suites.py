@@ -13,7 +13,7 @@ from flax import nnx
 from revjax.benchmarking import SUITES, GradientsConfig, MemoryConfig, gradients, memory, plot_frontier, run_suite
 from revjax.benchmarking.cost import cost, draw
 from revjax.benchmarking.gradients import distance, unequal
-from revjax.benchmarking.memory import AttentionConfig, TrainStepConfig, attention, train_step
+from revjax.benchmarking.memory import AttentionConfig, KeptConfig, TrainStepConfig, attention, kept, train_step
 from revjax.benchmarking.peers import PeerConfig, peer
 from revjax.benchmarking.planning import PlanningConfig, planning
 from revjax.benchmarking.rivals import gradient_of, rival, ways
@@ -106,6 +106,15 @@ def test_a_training_step_holds_more_than_its_gradient_and_attention_grows_with_i
     assert row["temporary"] > row["parameters"] > 0
     short, long = (attention(AttentionConfig(sequence_length=t))["temporary"] for t in (1024, 2048))
     assert short < long < 3 * short
+
+
+@pytest.mark.slow
+def test_what_a_coupling_keeps_is_what_memory_grows_by_with_depth():
+    sizes = dict(num_layers=4, d_model=64, sequence_length=64, batch_size=2)
+    nothing, near = (kept(KeptConfig(coupling=c, **sizes)) for c in ("revnet", "near-residual:4"))
+    assert abs(nothing["reversible"]) < 0.1 * near["reversible"]
+    assert near["reversible"] == pytest.approx(2 * 64 * 4 / 8, rel=0.1)  # two f's, 4 bits of each channel
+    assert near["checkpoint"] == pytest.approx(2 * 64, rel=0.2) and near["stored"] > 5 * near["checkpoint"]
 
 
 @pytest.mark.slow
