@@ -23,6 +23,9 @@ SIZES = [
 CONFIGS = {"digits": [], "masked-text": ["--data.sequence_length=24"], "denoise-text": ["--data.sequence_length=24"]}
 
 
+FIRST_FAST = [name if name == "digits" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -35,7 +38,7 @@ def words(name, text, folder, *more) -> list[str]:
     return [str(ROOT / "configs" / f"{name}.yaml"), *SIZES, *CONFIGS[name], f"--run.folder={folder}", *of_text, *more]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FIRST_FAST)
 def test_a_family_is_trained_goes_on_and_is_evaluated(name, text, tmp_path, capsys):
     assert cli.main(["train", *words(name, text, tmp_path, "--training.steps=2")]) == 0
     first = capsys.readouterr().out
@@ -61,6 +64,7 @@ def test_a_family_is_trained_goes_on_and_is_evaluated(name, text, tmp_path, caps
     assert cli.main(["runs", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plan_is_found_for_a_family(name, text, tmp_path, capsys):
     more = ["--memory.plan=auto", "--budget=aggressive", f"--json={tmp_path / 'plan.json'}"]
@@ -70,6 +74,7 @@ def test_a_plan_is_found_for_a_family(name, text, tmp_path, capsys):
     assert found["chosen"]["compiled"] and ("model.loss_tile" in found["settings"]) == (name != "digits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_model_of_a_family_passes_its_check(name, text, tmp_path):
     report = experiment.check_model(load(RunConfig, *split(words(name, text, tmp_path)), environ={}))
@@ -80,6 +85,7 @@ def split(words):
     return words[0], words[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "npz"])
 def test_images_of_ones_own_are_trained_on_and_evaluated(source, text, tmp_path, capsys):
     pillow = pytest.importorskip("PIL.Image", reason="images need Pillow")
@@ -136,6 +142,7 @@ def test_what_does_not_fit_the_data_is_refused_before_any_work(text, tmp_path):
         experiment.largest(load(RunConfig, *split(words("digits", text, tmp_path)), environ={}), "context", "1GB")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_of_its_family_and_not_from_one_of_another(text, tmp_path, capsys):
     for name in ("digits", "masked-text"):
         assert cli.main(["train", *words(name, text, tmp_path)]) == 0
@@ -147,3 +154,20 @@ def test_a_run_starts_from_another_of_its_family_and_not_from_one_of_another(tex
     assert cli.main(["train", *words("masked-text", text, tmp_path, start, "--run.name=wrong")]) == 2
     assert "has another shape" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "denoise-text"])
+@pytest.mark.parametrize(
+    "setting", ["--mesh.data=2", "--memory.accumulation=2", "--optimizer.in_backward=two_sweeps", "--memory.plan=all"]
+)
+def test_a_family_is_trained_alike_however_the_step_is_made(name, setting, text, tmp_path):
+    """Without what is drawn for each micro-batch anew: dropout, masks and changed images."""
+    calm = ["--model.dropout=0", "--data.crop_padding=0", "--data.rotate=0"] if name == "digits" else []
+    for run, more in (("plain", []), ("other", [setting])):
+        assert cli.main(["train", *words(name, text, tmp_path, *calm, *more, f"--run.name={run}")]) == 0
+    plain, other = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("plain", "other"))
+    assert all(line["canary"] == line["unsafe"] == 0 for line in other)
+    if setting == "--memory.accumulation=2" and name == "denoise-text":
+        return  # each half has masks of its own
+    np.testing.assert_allclose([line["loss"] for line in other], [line["loss"] for line in plain], rtol=2e-4)

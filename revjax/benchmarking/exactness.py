@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 
 from ..core import trace
+from ..memory import activation_memory
 from ..models import (
     Decoder,
     DecoderConfig,
@@ -86,7 +87,11 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what each family of pretrained models
     "vit": dict(image_size=32, patch_size=4),
     "t5": dict(positions="relative", attention_scale=1.0, gated=False, activation="relu"),
 }
-_OTHERS: dict[str, type[ModelConfig]] = {"bert": EncoderConfig, "vit": VisionConfig, "t5": EncoderDecoderConfig}
+OTHER_FAMILIES = ("encoder", "vision", "encoder-decoder")  # as they are trained from scratch
+_OTHERS: dict[str, type[ModelConfig]] = {
+    **{"bert": EncoderConfig, "vit": VisionConfig, "t5": EncoderDecoderConfig},
+    **dict(zip(OTHER_FAMILIES, (EncoderConfig, VisionConfig, EncoderDecoderConfig), strict=True)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +111,14 @@ class FamilyConfig(ExactnessConfig):
             coupling=self.coupling,
             readout="last" if self.coupling.startswith("near-residual") else "auto",
             dtype=self.dtype,  # pyright: ignore[reportArgumentType]
-            **FAMILIES[self.family],
+            **FAMILIES.get(self.family, {}),
         )
+
+
+def family_memory(config: FamilyConfig) -> dict[str, int | str]:
+    """Temporary bytes of the gradient by "reversible", "checkpoint" and "stored", without dropout."""
+    found = activation_memory(config.model(), config.batch_size, config.sequence_length)
+    return dataclasses.asdict(config) | found
 
 
 def exactness(config: ExactnessConfig) -> dict[str, float | str]:

@@ -12,7 +12,15 @@ from ..errors import ConfigError
 from ..logging import get_logger
 from .accelerator import accelerator, accelerators
 from .cost import cost, draw
-from .exactness import EXACT_COUPLINGS, FAMILIES, ExactnessConfig, FamilyConfig, exactness
+from .exactness import (
+    EXACT_COUPLINGS,
+    FAMILIES,
+    OTHER_FAMILIES,
+    ExactnessConfig,
+    FamilyConfig,
+    exactness,
+    family_memory,
+)
 from .gradients import GradientsConfig, gradients
 from .loop import LoopConfig, loop
 from .memory import AttentionConfig, KeptConfig, MemoryConfig, TrainStepConfig, attention, kept, memory, train_step
@@ -77,6 +85,14 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
         + [
             MemoryConfig(num_layers=n, d_model=512, sequence_length=2048, batch_size=1, vocab_size=32_000)
             for n in (12, 48)
+        ],
+    ),
+    "family-memory": (
+        family_memory,
+        [
+            FamilyConfig(family=f, coupling="revnet", num_layers=n, d_model=128, sequence_length=128, batch_size=8)
+            for f in OTHER_FAMILIES
+            for n in (6, 24, 96)
         ],
     ),
     "kept": (
@@ -151,6 +167,7 @@ ABOUT = {
     "attention": "bytes of blockwise attention at three lengths (a minute)",
     "train-step": "bytes of the whole training step, also with updates in the backward pass (four minutes)",
     "memory": "bytes of the gradient beside jax.checkpoint and stored, by depth (two minutes)",
+    "family-memory": "bytes of the gradient of other families than decoders, by depth (five minutes)",
     "kept": "bytes that couplings keep of each token and layer, beside jax.checkpoint and stored (five minutes)",
     "context": "bytes of the gradient beside jax.checkpoint and stored, by the length of the context (two minutes)",
     "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",

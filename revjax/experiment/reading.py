@@ -29,7 +29,7 @@ from ..data import (
 )
 from ..errors import ConfigError, DataError
 from ..generation.decode import check_prompt
-from ..models import DecoderConfig, Loss, ModelConfig, VisionConfig, loss_of
+from ..models import DecoderConfig, Loss, ModelConfig, VisionConfig, example_batch, loss_of
 from .config import RunConfig
 
 
@@ -123,11 +123,9 @@ def images_for(data: ImagesConfig, model: VisionConfig) -> Images:
 
 def batch_of(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape of each array of a batch."""
-    rows, model = config.data.batch_size, config.model
-    if isinstance(model, VisionConfig):
-        images = (rows, model.image_size, model.image_size, model.channels)
-        return {"images": jax.ShapeDtypeStruct(images, "uint8"), "labels": jax.ShapeDtypeStruct((rows,), "int32")}
-    assert isinstance(config.data, DataConfig)
+    rows = config.data.batch_size
+    if isinstance(config.data, ImagesConfig):
+        return example_batch(config.model, rows, config.row_length)
     shapes = batch_shapes(
         rows,
         config.data.sequence_length,

@@ -52,6 +52,19 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # class of the config, of
 }
 
 
+SHAPES = {
+    "bert": EncoderConfig(
+        **dict(d_model=32, num_layers=3, d_ff=48, norm_placement="post", positions="learned", token_kinds=2),
+        **dict(norm_eps=1e-12, activation="gelu_exact", coupling="near-residual:4", max_length=64),
+    ),
+    "vit": VisionConfig(d_model=32, num_layers=3, d_ff=48, norm_eps=1e-12, coupling="bdia:4", readout="last"),
+    "t5": EncoderDecoderConfig(
+        **dict(d_model=32, num_layers=3, d_ff=48, positions="relative", attention_scale=1.0, use_bias=False),
+        **dict(coupling="near-residual:4", start_token=0, tie_embeddings=False),
+    ),
+}
+
+
 def make_hf(name: str) -> Any:
     """A model of `CASES`, in eval mode, whose every parameter is random."""
     torch = pytest.importorskip("torch", reason="parity is measured against transformers, which needs torch")
@@ -112,7 +125,7 @@ def ours_of(model: Any, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {"last_hidden_state": hidden, "pooler_output": model.pooled(hidden)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in SHAPES else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_outputs_and_tensors_are_those_of_transformers(name, tmp_path):
     hf = make_hf(name)
     hf.save_pretrained(tmp_path / "hf")
@@ -139,19 +152,6 @@ def test_outputs_and_tensors_are_those_of_transformers(name, tmp_path):
     again = type(hf).from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
     for output, expected in theirs_of(hf, given).items():
         assert np.array_equal(theirs_of(again, given)[output], expected)
-
-
-SHAPES = {
-    "bert": EncoderConfig(
-        **dict(d_model=32, num_layers=3, d_ff=48, norm_placement="post", positions="learned", token_kinds=2),
-        **dict(norm_eps=1e-12, activation="gelu_exact", coupling="near-residual:4", max_length=64),
-    ),
-    "vit": VisionConfig(d_model=32, num_layers=3, d_ff=48, norm_eps=1e-12, coupling="bdia:4", readout="last"),
-    "t5": EncoderDecoderConfig(
-        **dict(d_model=32, num_layers=3, d_ff=48, positions="relative", attention_scale=1.0, use_bias=False),
-        **dict(coupling="near-residual:4", start_token=0, tie_embeddings=False),
-    ),
-}
 
 
 ARCHITECTURES = {"bert": "BertForMaskedLM", "vit": "ViTForImageClassification", "t5": "T5ForConditionalGeneration"}

@@ -66,7 +66,11 @@ def flat(tree):
     return jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("encoder, post-norm", "vision", "encoder-decoder, relative")
+BY_TIME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+
+
+@pytest.mark.parametrize("name", BY_TIME)
 def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_run(name):
     """bf16, with dropout and stochastic depth; also with respect to the context, and to tables that layers share."""
     config = dataclasses.replace(
