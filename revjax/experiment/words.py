@@ -199,8 +199,8 @@ def _exactness(lines: list[dict[str, Any]]) -> str:
 def _first_to_last(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
-    first, last = (f"{describe_evaluation(line)} at step {line['step']:,}" for line in (lines[0], lines[-1]))
-    return first if lines[0] is lines[-1] else f"{first}; {last}"
+    first, last = (f"{describe_evaluation(line, 3)} at step {line['step']:,}" for line in (lines[0], lines[-1]))
+    return first if lines[0] is lines[-1] else f"{first}, {last.replace(' bits/byte', '').replace(' nats', '')}"
 
 
 def _lines(lines: dict[str, str | list[str]]) -> str:

@@ -187,12 +187,12 @@ def unit_of(lines: Sequence[dict[str, Any]]) -> str:
     return "bits/byte" if all("bits_per_byte" in line for line in lines) else "nats"
 
 
-def describe_evaluation(found: dict[str, Any]) -> str:
-    """What an evaluation gave, in a few words."""
+def describe_evaluation(found: dict[str, Any], digits: int = 4) -> str:
+    """What an evaluation gave, in a few words: the loss with so many digits, and of images the accuracy."""
     number = headline(found)
-    shown = "no number" if number is None else f"{number:.4f}"
+    shown = "no number" if number is None else f"{number:.{digits}f} {unit_of([found])}"
     right = f", accuracy {found['accuracy']:.2%}" if found.get("accuracy") is not None else ""
-    return f"{shown} {unit_of([found])}{right}"
+    return f"{shown}{right}"
 
 
 def _line(fields: dict[str, Any]) -> bytes:

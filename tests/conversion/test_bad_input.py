@@ -56,7 +56,7 @@ def change_tensors(folder, change):
     [
         (dict(model_type="lama"), "model_type 'lama' is not known. Known are llama, mistral,.* Did you mean 'llama'"),
         (dict(model_type="gemma3"), "Convert its text model alone"),
-        (dict(architectures=["LlamaForSequenceClassification"]), "is not a language model"),
+        (dict(architectures=["LlamaForSequenceClassification"]), "is not a LlamaForCausalLM"),
         (dict(hidden_act="quick_gelu"), "hidden_act 'quick_gelu' is not supported"),
         (dict(residual_multiplier=0.5), "fields that this version does not know.*residual_multiplier=0.5"),
         (dict(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),

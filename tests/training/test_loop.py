@@ -27,7 +27,7 @@ from revjax.training import (
     Work,
     init_state,
     make_train_step,
-    mean_loss,
+    means,
     plot_losses,
     read_metrics,
     rewinds_to,
@@ -338,7 +338,7 @@ def test_an_evaluation_that_was_interrupted_is_made_on_resume(tmp_path, parts):
     def interrupted(state):
         if int(state.step) == 8:
             signal.raise_signal(signal.SIGTERM)
-            return None  # as `mean_loss` does
+            return None  # as `means` does
         return held_out(1.0 + float(state.step))
 
     outcome = run(tmp_path, parts, evaluate=interrupted)
@@ -348,11 +348,13 @@ def test_an_evaluation_that_was_interrupted_is_made_on_resume(tmp_path, parts):
     assert [line["step"] for line in read_metrics(tmp_path / "validation.jsonl")] == [0, 4, 8, 10]
 
 
-def test_the_mean_loss_can_be_interrupted():
+def test_means_are_of_all_batches_and_can_be_interrupted():
     seen = []
     step = lambda params, batch: (seen.append(batch), (batch, 2.0))[1]
-    assert mean_loss(step, None, [1.0, 3.0]) == (1.0, 4.0)
-    assert mean_loss(step, None, [1.0, 3.0, 5.0], stop=lambda: len(seen) == 4) is None
+    assert means(step, None, [1.0, 3.0]) == ({"loss": 1.0}, 4.0)
+    assert means(step, None, [1.0, 3.0, 5.0], stop=lambda: len(seen) == 4) is None
+    with_more = lambda params, batch: (batch, batch, {"accuracy": 0.5 * batch})
+    assert means(with_more, None, [1.0, 3.0]) == ({"loss": 1.0, "accuracy": 0.5}, 4.0)
 
 
 def test_the_best_and_every_third_checkpoint_stay(tmp_path, parts):
