@@ -30,7 +30,8 @@ def make_augment(config: ImagesConfig) -> Callable[[jax.Array, jax.Array], jax.A
         image = image.astype(jnp.float32)
         if config.rotate:
             angle = jnp.deg2rad(config.rotate) * jax.random.uniform(turn, minval=-1.0, maxval=1.0)
-            image = pix.rotate(image, angle, mode="constant")
+            # With a rim of its own, or what lies on the edge would fall out of the image by a rounding.
+            image = pix.rotate(jnp.pad(image, ((1, 1), (1, 1), (0, 0))), angle, mode="constant")[1:-1, 1:-1]
         if config.crop_padding:
             padded = jnp.pad(image, ((config.crop_padding,) * 2, (config.crop_padding,) * 2, (0, 0)))
             image = pix.random_crop(move, padded, image.shape)

@@ -21,6 +21,9 @@ from .tower import Tower, both_streams, cast_parameters
 from .transformer_config import TransformerConfig
 
 
+_STD = 0.5  # of positions and of the class token, at the start
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(TransformerConfig):
     """The shape of a vision transformer. Sizes count elements; `None` is filled in as said."""
@@ -94,14 +97,15 @@ class VisionTransformer(Tower):
         self.config = config
         dtype, size = jnp.dtype(config.dtype), config.patch_size
         self.patches = Linear((size, size, config.channels), config.d_model, use_bias=True, dtype=dtype, rngs=rngs)
-        self.positions = LearnedPositions(config.num_tokens, config.d_model, rngs=rngs)
+        # As large as what comes of patches: beside that, 0.02 (as in text) would hide where a patch is for long.
+        self.positions = LearnedPositions(config.num_tokens, config.d_model, init_std=_STD, rngs=rngs)
         is_class = config.pooling == "class"
-        self.class_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.d_model,))) if is_class else None
+        self.class_token = nnx.Param(_STD * jax.random.normal(rngs.params(), (config.d_model,))) if is_class else None
         super().__init__(
             config, layers_of(config, causal=False), plan=plan, constrain=constrain, gather=gather, rngs=rngs
         )
-        # Zeros, so that every class is as likely at first.
-        self.head = Linear(config.d_model, config.num_classes, init_std=0.0, use_bias=True, dtype=dtype, rngs=rngs)
+        # Small, so that every class is about as likely at first; not 0, or nothing below it would have a gradient.
+        self.head = Linear(config.d_model, config.num_classes, init_std=0.02, use_bias=True, dtype=dtype, rngs=rngs)
         cast_parameters(self, config.param_dtype)
         if config.lora is not None:
             add_adapters(self, config.lora, rngs=rngs)

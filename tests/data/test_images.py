@@ -123,6 +123,10 @@ def test_images_are_changed_by_a_key_and_only_as_far_as_is_said():
     assert flipped is not None
     columns = {int(np.argwhere(image)[0][1]) for image in np.asarray(flipped(images, jax.random.key(0)))}
     assert columns == {3, 4}
+    hardly = make_augment(ImagesConfig(rotate=1e-4))
+    assert hardly is not None
+    full = jnp.full((4, 8, 8, 1), 200, jnp.uint8)
+    np.testing.assert_array_equal(hardly(full, jax.random.key(0)), full)  # also at the edges
     turned = make_augment(ImagesConfig(rotate=90.0))
     assert turned is not None
     found = np.asarray(turned(images, jax.random.key(0)))
