@@ -20,7 +20,6 @@ from .lora import add_adapters
 from .tower import Tower, both_streams, cast_parameters
 from .transformer_config import TransformerConfig
 
-
 _STD = 0.5  # of positions and of the class token, at the start
 
 
