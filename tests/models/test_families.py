@@ -66,11 +66,14 @@ def flat(tree):
     return jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(tree)])
 
 
-QUICK = ("encoder, post-norm", "vision", "encoder-decoder, relative")
-BY_TIME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+QUICK = ("vision", "encoder-decoder, relative")
 
 
-@pytest.mark.parametrize("name", BY_TIME)
+def by_time(names, quick=QUICK):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", by_time(CONFIGS))
 def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_run(name):
     """bf16, with dropout and stochastic depth; also with respect to the context, and to tables that layers share."""
     config = dataclasses.replace(
@@ -87,7 +90,7 @@ def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_
     assert [p for p in still if not any(n in jax.tree_util.keystr(p) for n in allowed)] == []
 
 
-@pytest.mark.parametrize("name", ["encoder, post-norm", "vision", "encoder-decoder, relative"])
+@pytest.mark.parametrize("name", by_time(["encoder, post-norm", "vision", "encoder-decoder, relative"], ["vision"]))
 def test_the_rival_of_each_family_is_the_ordinary_network(name):
     config = dataclasses.replace(CONFIGS[name], coupling="residual", exact=False)
     model = make(config)
@@ -245,7 +248,7 @@ def test_what_is_no_image_of_the_model_is_refused(images, error, message):
 # Encoder-decoder
 
 
-@pytest.mark.parametrize("name", ["encoder-decoder", "encoder-decoder, relative"])
+@pytest.mark.parametrize("name", by_time(["encoder-decoder", "encoder-decoder, relative"]))
 def test_a_target_sees_all_of_the_source_and_its_own_past(name):
     model = make(CONFIGS[name])
     source, target = TOKENS, TOKENS[:, :9]
