@@ -17,7 +17,9 @@ def test_the_nearest_name_is_suggested(name):
 
 
 def test_a_preset_is_changed_in_fields_that_there_are():
-    with pytest.raises(TypeError, match="A decoder has no 'layers'. Did you mean 'num_layers'. It has family, d_model, "):
+    with pytest.raises(
+        TypeError, match="A decoder has no 'layers'. Did you mean 'num_layers'. It has family, d_model, "
+    ):
         preset("decoder-tiny", layers=3)
     assert preset("decoder-tiny", num_layers=3).num_layers == 3
 
