@@ -1,8 +1,8 @@
 """`revjax check [CONFIG.yaml ...] [--section.field=value ...]`."""
 
 from .. import experiment
-from ..config import help_text, load
-from .words import leading_names, take
+from ..config import load
+from .words import leading_names, run_help, take
 
 USAGE = "revjax check [CONFIG.yaml ...] [--section.field=value ...]"
 DESCRIPTION = f"""{USAGE}
@@ -15,7 +15,7 @@ def check(argv: list[str]) -> int:
     """Prints whether the config's model has right gradients on this machine; returns 0 if it does, else 1."""
     paths, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(help_text(experiment.RunConfig, prog="revjax check", description=DESCRIPTION))
+        print(run_help(paths, settings, prog="revjax check", description=DESCRIPTION))
         return 0
     config = load(experiment.RunConfig, paths, settings)
     experiment.use_compilation_cache(config.run.compilation_cache)

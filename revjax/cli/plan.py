@@ -4,11 +4,11 @@ import json
 import pathlib
 
 from .. import experiment
-from ..config import help_text, load
+from ..config import load
 from ..errors import ConfigError
 from ..logging import setup
 from ..memory import HARDWARE, plot_plans
-from .words import leading_names, take
+from .words import leading_names, run_help, take
 
 USAGE = (
     "revjax plan [CONFIG.yaml ...] --budget=40GiB [--maximize=context|layers|batch] [--hardware=h200] "
@@ -32,7 +32,7 @@ def plan(argv: list[str]) -> int:
     """Prints the fastest step of the config that fits, beside others; returns the exit code."""
     paths, words = leading_names(argv)
     if take(words, "-h", "--help"):
-        print(help_text(experiment.RunConfig, prog="revjax plan", description=DESCRIPTION))
+        print(run_help(paths, words, prog="revjax plan", description=DESCRIPTION))
         return 0
     as_json = take(words, "--json")
     given = {name: _take_value(words, name) for name in ("--budget", "--maximize", "--hardware", "--plot")}

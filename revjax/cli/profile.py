@@ -4,11 +4,11 @@ import json
 import pathlib
 
 from .. import experiment
-from ..config import help_text, load
+from ..config import load
 from ..errors import ConfigError
 from ..logging import setup
 from ..memory import OpTimes, op_times, plot_op_times, plot_timeline, timeline
-from .words import leading_names, take
+from .words import leading_names, run_help, take
 
 USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]"
 DESCRIPTION = f"""{USAGE}
@@ -28,7 +28,7 @@ def profile(argv: list[str]) -> int:
     """Prints and draws where the memory of the config's training step goes; returns the exit code."""
     paths, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        print(help_text(experiment.RunConfig, prog="revjax profile", description=DESCRIPTION))
+        print(run_help(paths, settings, prog="revjax profile", description=DESCRIPTION))
         return 0
     with_time = take(settings, "--time")
     outputs = [word for word in settings if word.startswith("--output=")]

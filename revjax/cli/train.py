@@ -1,11 +1,11 @@
 """`revjax train [CONFIG.yaml ...] [--section.field=value ...]`."""
 
 from .. import experiment
-from ..config import help_text, load, load_with_provenance
+from ..config import load_with_provenance
 from ..errors import ConfigError, nearest
 from ..logging import setup
 from .terminal import shown
-from .words import leading_names, take
+from .words import leading_names, run_help, take
 
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
 SWITCHES = ("--print-config", "--dry-run", "--log-format=json", "--allow-change=FIELD")
@@ -25,8 +25,7 @@ def train(argv: list[str]) -> int:
     """Trains the run that files and settings describe; returns the exit code."""
     paths, settings = leading_names(argv)
     if take(settings, "-h", "--help"):
-        of_config = load(experiment.RunConfig, paths, settings) if paths or settings else None
-        print(help_text(experiment.RunConfig, prog="revjax train", description=DESCRIPTION, default=of_config))
+        print(run_help(paths, settings, prog="revjax train", description=DESCRIPTION))
         return 0
     print_only, dry = take(settings, "--print-config"), take(settings, "--dry-run")
     allowed = [word for word in settings if word.startswith("--allow-change=")]

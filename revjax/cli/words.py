@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from .. import experiment
+from ..config import help_text, load
 from ..errors import ConfigError
 
 
@@ -17,6 +19,13 @@ def take(words: list[str], *switches: str) -> bool:
     for word in found:
         words.remove(word)
     return bool(found)
+
+
+def run_help(paths: Sequence[str], settings: Sequence[str], *, prog: str, description: str) -> str:
+    """What --help prints of a command that takes the configuration of a run: with the values of one that is given."""
+    settings = [word for word in settings if "." in word.partition("=")[0]]  # the others are the command's own
+    given = load(experiment.RunConfig, paths, settings) if paths or settings else None
+    return help_text(experiment.RunConfig, prog=prog, description=description, default=given)
 
 
 def one_name(names: Sequence[str], usage: str) -> str:
