@@ -143,7 +143,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
 _NOT_OF_THE_NETWORK = (
     *("dropout", "attention_dropout", "stochastic_depth", "dtype", "param_dtype", "granularity", "readout", "lora"),
     *("second_stream", "layer_scale", "fraction_bits", "mlp_chunk", "loss_tile", "mask_rate", "mask_token"),
-    "label_smoothing",
+    *("label_smoothing", "image_mean", "image_std"),
 )
 
 

@@ -162,8 +162,8 @@ def measure(
     distances |= {name: distance(logits[name], logits[other]) for name, other in beside.items()}
     if not isinstance(plain, VisionConfig):
         distances["packed"] = distance(_packed_logits(plain, params, x), logits["plain"])
-        padded = _padded_logits(plain, params, x)
-        distances["padded"] = distance(padded, logits["plain"][:1, : padded.shape[1]])
+        alone = x[:1, : x.shape[1] - _PADDING]
+        distances["padded"] = distance(_padded_logits(plain, params, x), _logits(plain, params, alone))
     reversible = parse_coupling(config.coupling).reversible
     plan = "nothing" if reversible else "inputs"
     report, grads = _gradients(config, plan, params, x)
@@ -303,7 +303,7 @@ def _packed_logits(config: ModelConfig, params: dict[str, Any], tokens: np.ndarr
 
 
 def _padded_logits(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Of the first row's beginning, with padding, in a batch with a row that has none."""
+    """Of the first row without its last tokens, with as much padding instead, in a batch with a row that has none."""
     length = tokens.shape[1]
     model = _model(config, "inputs", params)
     if not isinstance(config, DecoderConfig):
@@ -312,7 +312,7 @@ def _padded_logits(config: ModelConfig, params: dict[str, Any], tokens: np.ndarr
         batch = np.where(is_text > 0, tokens[:2], 0)
         named = "source_segment_ids" if isinstance(config, EncoderDecoderConfig) else "segment_ids"
         run = jax.jit(lambda model, inputs: model(*inputs, **{named: is_text})[:1, : length - _PADDING])
-        if isinstance(config, EncoderDecoderConfig):  # all of its target depends on all of its source
+        if isinstance(config, EncoderDecoderConfig):
             alone = _inputs(config, tokens[:1, : length - _PADDING])
             of_target = jnp.concatenate([jnp.repeat(alone[1], 2, 0), jnp.zeros((2, _PADDING), jnp.int32)], axis=1)
             return np.asarray(run(model, (jnp.asarray(batch), of_target)))
