@@ -242,9 +242,8 @@ def test_a_checkpoint_without_a_head_is_no_run(tmp_path):
     (tmp_path / "hf").mkdir()
     write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["BertModel"]
-    assert open_pretrained(tmp_path / "hf").config == dataclasses.replace(
-        open_pretrained(tmp_path / "hf").config, head=False, pooler=True
-    )
+    found = open_pretrained(tmp_path / "hf").config
+    assert isinstance(found, EncoderConfig) and not found.head and found.pooler
     with pytest.raises(ConfigError, match="has no head, so a run has nothing to train it for"):
         from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
