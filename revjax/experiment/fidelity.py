@@ -12,37 +12,19 @@
 and then whether it is exact: the canary, elements that did not fit, gradients beside those of the stored run.
 """
 
-import argparse
 import dataclasses
-import importlib.util
 import math
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ..core import parse_coupling
-from ..data import Tokenizer
 from ..memory import activation_memory
-from ..models import (
-    DecoderConfig,
-    EncoderConfig,
-    EncoderDecoderConfig,
-    ModelConfig,
-    VisionConfig,
-    loss_of,
-    make_model,
-    value_and_grad,
-)
-from ..training import split_abstract
+from ..models import ModelConfig, VisionConfig
 from .plan_report import in_bytes
-
-_IMAGES, _ROWS, _LENGTH = 4, 2, 600  # short prompts hide mistakes in rotary positions
-_PADDING = 37  # tokens
-_PROBE = pathlib.Path(argparse.__file__)  # a text that is on every machine
+from .probing import PADDING, gradients_on, logits_on, loss_on, packed_logits_on, padded_logits_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,61 +67,6 @@ class Fidelity:
     bytes: dict[str, int]
 
 
-def probe(tokenizer: Tokenizer | None, config: ModelConfig) -> np.ndarray:
-    """What to compare on: tokens (rows, T), or images (rows, H, W, C) of noise.
-
-    Tokens are text (random ones where the tokenizer has none of its words), in long rows.
-    """
-    if isinstance(config, VisionConfig):
-        size = (_IMAGES, config.image_size, config.image_size, config.channels)
-        return np.random.default_rng(0).normal(size=size).astype(np.float32)
-    assert tokenizer is not None
-    length = _LENGTH
-    if isinstance(config, DecoderConfig | EncoderConfig) and config.positions == "learned":
-        length = min(_LENGTH, config.max_length)
-    tokens = tokenizer.encode(_PROBE.read_text(encoding="utf-8", errors="replace"))
-    if len(set(tokens.tolist())) < _LENGTH // 10:  # it has no words for such a text
-        tokens = np.random.default_rng(0).integers(0, tokenizer.vocab_size, _ROWS * length, dtype=np.int32)
-    rows = np.resize(tokens, (_ROWS, length))
-    rows[:, : len(tokenizer.begin)] = tokenizer.begin
-    return rows
-
-
-_AUTO = {
-    "decoder": "AutoModelForCausalLM",
-    "encoder": "AutoModelForMaskedLM",
-    "vision": "AutoModelForImageClassification",
-    "encoder-decoder": "AutoModelForSeq2SeqLM",
-}
-
-
-def source_logits(folder: pathlib.Path, x: np.ndarray, config: ModelConfig) -> tuple[np.ndarray | None, str | None]:
-    """Logits of the model in `folder` as transformers computes them in float32; or None, and why."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        return None, f"{' and '.join(missing)} not installed: pip install torch transformers"
-    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
-    transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-
-    def inputs(row: np.ndarray) -> dict[str, Any]:
-        if isinstance(config, VisionConfig):
-            return {"pixel_values": torch.from_numpy(row[None].transpose(0, 3, 1, 2).copy())}
-        tokens = torch.from_numpy(row[None].astype(np.int64))
-        if not isinstance(config, EncoderDecoderConfig):
-            return {"input_ids": tokens}
-        target = torch.from_numpy(_behind_start(config, row[None]).astype(np.int64))
-        return {"input_ids": tokens, "decoder_input_ids": target}
-
-    try:
-        model = getattr(transformers, _AUTO[config.family]).from_pretrained(str(folder), **options).eval()
-        with torch.no_grad():
-            rows = [model(**inputs(row)).logits[0].numpy() for row in x]
-    except Exception as e:  # whatever it finds wrong: ours to report, not to die of
-        return None, f"transformers cannot run it ({type(e).__name__}: {e})"
-    return np.stack(rows), None
-
-
 def measure(
     config: ModelConfig, params: dict[str, Any], x: np.ndarray, source: np.ndarray | None, no_source: str | None
 ) -> Fidelity:
@@ -152,28 +79,28 @@ def measure(
     """
     plain = _plain(config)
     logits = {
-        "plain": _logits(plain, params, x),
-        "rounding": _logits(dataclasses.replace(plain, exact=True), params, x),
-        "coupling": _logits(dataclasses.replace(config, dtype="float32"), params, x),
-        "dtype": _logits(config, params, x),
+        "plain": logits_on(plain, params, x),
+        "rounding": logits_on(dataclasses.replace(plain, exact=True), params, x),
+        "coupling": logits_on(dataclasses.replace(config, dtype="float32"), params, x),
+        "dtype": logits_on(config, params, x),
     }
     beside = {"rounding": "plain", "coupling": "plain", "dtype": "coupling"}
     distances = {} if source is None else {"source": distance(logits["plain"], source)}
     distances |= {name: distance(logits[name], logits[other]) for name, other in beside.items()}
     if not isinstance(plain, VisionConfig):
-        distances["packed"] = distance(_packed_logits(plain, params, x), logits["plain"])
-        alone = x[:1, : x.shape[1] - _PADDING]
-        distances["padded"] = distance(_padded_logits(plain, params, x), _logits(plain, params, alone))
+        distances["packed"] = distance(packed_logits_on(plain, params, x), logits["plain"])
+        alone = x[:1, : x.shape[1] - PADDING]
+        distances["padded"] = distance(padded_logits_on(plain, params, x), logits_on(plain, params, alone))
     reversible = parse_coupling(config.coupling).reversible
     plan = "nothing" if reversible else "inputs"
-    report, grads = _gradients(config, plan, params, x)
-    error = _distance_of(grads, _gradients(config, "all", params, x)[1]) if reversible else None
+    report, grads = gradients_on(config, plan, params, x)
+    error = _distance_of(grads, gradients_on(config, "all", params, x)[1]) if reversible else None
     return Fidelity(
         tokens=len(x) if isinstance(config, VisionConfig) else x.size,
         distances=distances,
         no_source=no_source,
-        loss=_loss(config, params, x),
-        plain_loss=_loss(plain, params, x),
+        loss=loss_on(config, params, x),
+        plain_loss=loss_on(plain, params, x),
         canary=int(report.canary),
         unsafe=int(report.unsafe),
         largest_x=[float(x) for x in np.concatenate([np.asarray(s)[:, 2] for s in report.stacks.values()])],
@@ -196,9 +123,9 @@ def departure(config: ModelConfig, params: dict[str, Any], x: np.ndarray, dtype:
     """Compares the network of `config` with what goes out: b = 0, and parameters rounded to `dtype`."""
     rounded = jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)).astype(p.dtype), params)
     trained, plain = dataclasses.replace(config, dtype="float32"), _plain(config)
-    apart = distance(_logits(plain, rounded, x), _logits(trained, params, x))
+    apart = distance(logits_on(plain, rounded, x), logits_on(trained, params, x))
     size = len(x) if isinstance(config, VisionConfig) else x.size
-    return Departure(size, apart, _loss(trained, params, x), _loss(plain, rounded, x))
+    return Departure(size, apart, loss_on(trained, params, x), loss_on(plain, rounded, x))
 
 
 def describe_departure(found: Departure) -> str:
@@ -265,89 +192,6 @@ def describe_fidelity(found: Fidelity) -> str:
     }
     text = [f"{name:<12} {line}" for name, line in lines.items()]
     return "\n".join([text[0], *(f"{'':<12} {row}" for row in rows), *text[1:]])
-
-
-def _model(config: ModelConfig, plan: str, params: dict[str, Any]) -> Any:
-    skeleton, shapes = split_abstract(lambda: make_model(config, plan=plan, rngs=nnx.Rngs(0)))
-    return skeleton.merge(jax.tree.map(lambda shape, x: jnp.asarray(x, shape.dtype), shapes, params))
-
-
-def _behind_start(config: EncoderDecoderConfig, tokens: np.ndarray) -> np.ndarray:
-    """What a decoder sees of a target."""
-    return np.concatenate([np.full_like(tokens[:, :1], config.start), tokens[:, :-1]], axis=1)
-
-
-def _inputs(config: ModelConfig, x: np.ndarray) -> tuple[jax.Array, ...]:
-    """What a model is called with; an encoder-decoder tells a text again."""
-    of_target = [_behind_start(config, x)] if isinstance(config, EncoderDecoderConfig) else []
-    return tuple(map(jnp.asarray, [x, *of_target]))
-
-
-def _logits(config: ModelConfig, params: dict[str, Any], x: np.ndarray) -> np.ndarray:
-    plan = "nothing" if parse_coupling(config.coupling).reversible else "inputs"
-    model = _model(config, plan, params)
-    run = jax.jit(lambda model, inputs: model(*inputs))
-    return np.concatenate([np.asarray(run(model, _inputs(config, row[None]))) for row in x])  # a row of logits at once
-
-
-def _packed_logits(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """All rows as texts of one row."""
-    rows, length = tokens.shape
-    segment_ids, positions = np.divmod(np.arange(tokens.size, dtype=np.int32)[None], length)
-    given = {"segment_ids": segment_ids, "positions": positions}
-    if isinstance(config, EncoderDecoderConfig):
-        given = {"source_segment_ids": segment_ids, "target_segment_ids": segment_ids}
-    run = jax.jit(lambda model, inputs: model(*inputs, **given))
-    inputs = tuple(x.reshape(1, -1) for x in _inputs(config, tokens))
-    return np.asarray(run(_model(config, "inputs", params), inputs)).reshape(rows, length, -1)
-
-
-def _padded_logits(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Of the first row without its last tokens, with as much padding instead, in a batch with a row that has none."""
-    length = tokens.shape[1]
-    model = _model(config, "inputs", params)
-    if not isinstance(config, DecoderConfig):
-        is_text = np.ones((2, length), np.int32)
-        is_text[0, length - _PADDING :] = 0
-        batch = np.where(is_text > 0, tokens[:2], 0)
-        named = "source_segment_ids" if isinstance(config, EncoderDecoderConfig) else "segment_ids"
-        run = jax.jit(lambda model, inputs: model(*inputs, **{named: is_text})[:1, : length - _PADDING])
-        if isinstance(config, EncoderDecoderConfig):
-            alone = _inputs(config, tokens[:1, : length - _PADDING])
-            of_target = jnp.concatenate([jnp.repeat(alone[1], 2, 0), jnp.zeros((2, _PADDING), jnp.int32)], axis=1)
-            return np.asarray(run(model, (jnp.asarray(batch), of_target)))
-        return np.asarray(run(model, (jnp.asarray(batch),)))
-    padded = np.where(np.arange(length) < _PADDING, 0, np.roll(tokens, _PADDING, axis=1))
-    batch, padding_B = np.stack([padded[0], tokens[-1]]), jnp.array([_PADDING, 0], jnp.int32)
-
-    def run_decoder(model, batch):
-        return model.decode(batch, model.init_cache(2, batch.shape[1], padding_B))[0][:1, _PADDING:]
-
-    return np.asarray(jax.jit(run_decoder)(model, jnp.asarray(batch)))
-
-
-def _mean_loss(config: ModelConfig, x: Any) -> Any:
-    """What the model learns, on `x`, as a function of the model and a key."""
-    if isinstance(config, VisionConfig):
-        batch = {"images": x, "labels": jnp.zeros(len(x), jnp.int32)}
-    elif isinstance(config, DecoderConfig):
-        batch = {"tokens": x}
-    else:  # the last token of a row is not seen
-        batch = {"tokens": jnp.pad(x, ((0, 0), (0, 1)))}
-    return lambda model, key: jnp.divide(*loss_of(config)(model, batch, key)[:2])
-
-
-def _gradients(config: ModelConfig, plan: str, params: dict[str, Any], x: np.ndarray):
-    loss = lambda model, x, key: _mean_loss(config, x)(model, key)
-    step = jax.jit(value_and_grad(loss))
-    (_, report), grads = step(_model(config, plan, params), jnp.asarray(x), jax.random.key(0))
-    return report, grads
-
-
-def _loss(config: ModelConfig, params: dict[str, Any], x: np.ndarray) -> float:
-    plan = "nothing" if parse_coupling(config.coupling).reversible else "inputs"
-    run = jax.jit(lambda model, x: _mean_loss(config, x)(model, None))
-    return float(run(_model(config, plan, params), jnp.asarray(x)))
 
 
 def _distance_of(a: Any, b: Any) -> float:

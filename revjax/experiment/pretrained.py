@@ -50,10 +50,9 @@ from .fidelity import (
     describe_fidelity,
     fitting_fraction_bits,
     measure,
-    probe,
-    source_logits,
 )
 from .fidelity_plot import plot_fidelity
+from .probing import probe, source_logits
 from .trained import PARAMETERS, TOKENIZER, has_checkpoints, named, read_file, read_parameters
 from .versions import versions
 
