@@ -1,17 +1,20 @@
 """What a model is, in numbers counted by hand: parameters, FLOPs per token, a summary."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from flax import nnx
 
 from ..core.plan import All, Keep, Reverse, for_runs
-from .decoder import Decoder
 from .decoder_config import DecoderConfig
 from .encoder import EncoderConfig
 from .encoder_decoder import EncoderDecoderConfig
 from .families import ModelConfig
 from .lora import Frozen
+from .stack import ReversibleStack
+from .tower import Tower
 from .transformer_config import TransformerConfig
 from .vision import VisionConfig
 
@@ -115,23 +118,12 @@ def attention_kernel_flops(config: TransformerConfig, sequence_length: int, *, c
     return 4.0 * heads * (local * seen + (1 - local) * everything)
 
 
-def summary(model: Decoder) -> str:
-    """A table of the model's parts: shapes, parameters, where they go."""
-    config, stack = model.config, model.stack
-    rows = [("embedding", f"{config.vocab_size} x {config.d_model}", num_params(model.embedding))]
-    for branches, length in zip(stack.runs, stack.lengths, strict=True):
-        rows += [(f"{length} x {type(b).__name__}", _shape_of(b, config), num_params(b)) for b in branches]
-    if model.second_embedding is not None:
-        rows.append(("second embedding", rows[0][1], num_params(model.second_embedding)))
-    head = "tied to the embedding" if model.head is None else f"{config.d_model} x {config.vocab_size}"
-    rows.append(
-        (
-            "norm, head",
-            head,
-            (0 if model.norm is None else num_params(model.norm))
-            + (0 if model.head is None else num_params(model.head)),
-        )
-    )
+def summary(model: Any) -> str:
+    """A table of the parts of a decoder, an encoder, ...: shapes, parameters, where they go."""
+    config = model.config
+    rows = list(_parts(model, config))
+    if getattr(model, "head", model) is None:
+        rows.append(("head", "tied to the embedding", 0))
     rows.append(("total", f"{config.coupling}, {'exact' if config.exact else 'float'} streams", num_params(model)))
     if config.lora is not None:
         rows.append(("trained", f"adapters of rank {config.lora.rank}", num_params(model, trained_only=True)))
@@ -139,10 +131,29 @@ def summary(model: Decoder) -> str:
     return "\n".join(f"{name:<{width[0]}}  {shape:<{width[1]}}  {n:>14,}" for name, shape, n in rows)
 
 
-def _shape_of(branch: nnx.Module, config: DecoderConfig) -> str:
+_ORDER = (("stack", "encoder"), ("decoder",), ("norm", "readout"), ("head", "pooler"))  # after what makes vectors
+
+
+def _parts(module: nnx.Module, config: TransformerConfig, of: str = "") -> Iterator[tuple[str, str, int]]:
+    """(name, shape, parameters) of each part, from the input to the head."""
+    place = lambda name: next((i for i, names in enumerate(_ORDER, 1) if name.startswith(names)), 0)
+    for name, part in sorted(vars(module).items(), key=lambda item: (place(item[0]), item[0])):
+        if isinstance(part, ReversibleStack):
+            for branches, length in zip(part.runs, part.lengths, strict=True):
+                for b in branches:
+                    yield f"{of}{length} x {type(b).__name__}", _shape_of(b, config), num_params(b)
+        elif isinstance(part, Tower):
+            yield from _parts(part, config, f"{name}: ")
+        elif isinstance(part, nnx.Module | nnx.Param):
+            shapes = [p.shape for p in jax.tree.leaves(nnx.state(part) if isinstance(part, nnx.Module) else part)]
+            largest = max(shapes, key=math.prod)
+            yield of + name.replace("_", " "), " x ".join(map(str, largest)), sum(map(math.prod, shapes))
+
+
+def _shape_of(branch: nnx.Module, config: TransformerConfig) -> str:
     heads = f"{config.num_heads} heads of {config.head_size}" + (
         f", {config.kv_heads} kv heads" if config.kv_heads != config.num_heads else ""
     )
     width = f"width {config.mlp_width}{', gated' if config.gated else ''}"
     name = type(branch).__name__
-    return heads if name == "AttentionBranch" else width if name == "MLPBranch" else f"{heads}; {width}"
+    return heads if name.endswith("AttentionBranch") else width if name == "MLPBranch" else f"{heads}; {width}"

@@ -23,6 +23,7 @@ from revjax.models import (
     loss_of,
     make_model,
     num_params,
+    summary,
 )
 from revjax.models.masking import mask_tokens
 from revjax.models.transformer_config import post_norm_growth
@@ -73,7 +74,7 @@ def by_time(names, quick=QUICK):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", by_time(CONFIGS))
+@pytest.mark.parametrize("name", by_time(n for n in CONFIGS if n != "encoder"))  # that is checked as masked-text.yaml
 def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_run(name):
     """bf16, with dropout and stochastic depth; also with respect to the context, and to tables that layers share."""
     config = dataclasses.replace(
@@ -106,13 +107,11 @@ def test_the_rival_of_each_family_is_the_ordinary_network(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["encoder, post-norm", "vision", "encoder-decoder"])
+@pytest.mark.parametrize("name", ["encoder, post-norm", "encoder-decoder"])
 def test_memory_is_flat_in_depth_and_the_rivals_is_not(name):
     config = dataclasses.replace(CONFIGS[name], d_model=64, dtype="bfloat16", coupling="near-residual:4")
     if isinstance(config, EncoderDecoderConfig):
         config = dataclasses.replace(config, num_decoder_layers=None)
-    if isinstance(config, VisionConfig):
-        config = dataclasses.replace(config, image_size=32)
     if isinstance(config, EncoderConfig):
         config = dataclasses.replace(config, max_length=128)
     exact = dataclasses.replace(config, coupling="revnet", norm_placement="pre")
@@ -344,6 +343,14 @@ def test_flops_of_other_families_are_counted():
     weights = 5 * layer + 3 * 4 * d * d
     kernel = 4 * d * t * (2 + 3 / 2 + 3)
     assert flops_per_token(both, t) == pytest.approx(3 * (2 * weights + 2 * 40 * d) + 3 * kernel)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_parts_of_a_summary_are_the_whole(name):
+    model = nnx.eval_shape(lambda: make(CONFIGS[name], "nothing"))
+    *parts, total = summary(model).splitlines()
+    count = lambda row: int(row.split()[-1].replace(",", ""))
+    assert sum(map(count, parts)) == count(total) == num_params(model)
 
 
 def test_models_are_public():
