@@ -25,7 +25,7 @@ from ..core import parse_coupling
 from ..errors import ConfigError, nearest
 from ..experiment import RunConfig, build, run
 from ..logging import get_logger
-from ..training import read_metrics
+from ..training import headline, read_metrics, unit_of
 
 Row = dict[str, Any]
 
@@ -123,6 +123,7 @@ def _measure(variant: str, seed: int, config: RunConfig) -> Row | None:
         return None
     steps, held_out = (read_metrics(result.folder / f"{name}.jsonl") for name in ("metrics", "validation"))
     tokens = lambda line: line["step"] * config.tokens_per_step
+    shown = [name for name in ("bits_per_byte", "loss", "accuracy") if name in held_out[-1]]
     return {
         "variant": variant,
         "seed": seed,
@@ -131,8 +132,8 @@ def _measure(variant: str, seed: int, config: RunConfig) -> Row | None:
         "kept_bits": kept_bits(config),
         "step_bytes": memory,
         "tokens": tokens(held_out[-1]),
-        "bits_per_byte": held_out[-1]["bits_per_byte"],
-        "curve": [[tokens(line), line["bits_per_byte"]] for line in held_out],
+        **{name: held_out[-1][name] for name in shown},
+        "curve": [[tokens(line), headline(line)] for line in held_out],
         "canary": sum(line["canary"] for line in steps),
         "unsafe": sum(line["unsafe"] for line in steps),
         "max_abs": max((line["max_abs"] or math.inf) for line in steps),
@@ -154,7 +155,7 @@ class Comparison:
 
     variant: str
     rows: list[Row]
-    loss: float  # bits per byte, the mean of its seeds
+    loss: float  # bits per byte of text, or nats: the mean of its seeds
     difference: float  # per cent, the mean of the seeds that both have
     half_width: float  # of the difference's 95 % interval; infinite for one seed
 
@@ -163,12 +164,14 @@ class Comparison:
         most = lambda name: max(row[name] for row in self.rows)
         within = "" if self.half_width in (0, math.inf) else f" ± {self.half_width:.2f}"
         step_s = statistics.median(row["step_s"] for row in self.rows)
+        right = [100 * row["accuracy"] for row in self.rows if "accuracy" in row]
         return [
             self.variant,
             f"{most('kept_bits'):g}",
             f"{len(self.rows)}",
             f"{self.loss:.4f}",
             f"{self.difference:+.2f}{within}",
+            *([f"{statistics.fmean(right):.2f}"] if right else []),
             f"{most('step_bytes') / 1e6:.1f}",
             f"{1e3 * step_s:.0f}",
             f"{sum(row['canary'] + row['unsafe'] for row in self.rows)}",
@@ -184,11 +187,16 @@ def summarize(rows: Sequence[Row], baseline: str) -> list[Comparison]:
     found = []
     for variant, seeds in by_variant.items():
         pairs = [(row, by_variant[baseline][seed]) for seed, row in seeds.items() if seed in by_variant[baseline]]
-        differences = [100 * (a["bits_per_byte"] / b["bits_per_byte"] - 1) for a, b in pairs]
+        differences = [100 * (_loss(a) / _loss(b) - 1) for a, b in pairs]
         mean = statistics.fmean(differences) if differences else math.nan
-        loss = statistics.fmean(row["bits_per_byte"] for row in seeds.values())
+        loss = statistics.fmean(map(_loss, seeds.values()))
         found.append(Comparison(variant, list(seeds.values()), loss, mean, half_width(differences)))
     return found
+
+
+def _loss(row: Row) -> float:
+    loss = headline(row)
+    return math.nan if loss is None else loss  # as metrics write what is no number
 
 
 def half_width(samples: Sequence[float]) -> float:
@@ -198,23 +206,14 @@ def half_width(samples: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(samples) - 1)) * statistics.stdev(samples) / math.sqrt(len(samples))
 
 
-HEAD = [
-    "variant",
-    "kept bits",
-    "seeds",
-    "bits/byte",
-    "% above",
-    "step MB",
-    "step ms",
-    "canary, unsafe",
-    "max |x|",
-]
-
-
 def table(comparisons: Sequence[Comparison]) -> str:
     """In Markdown: a line for each variant."""
-    cells = [HEAD, *(c.describe() for c in comparisons)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]
+    rows = [row for comparison in comparisons for row in comparison.rows]
+    accuracy = ["% right"] if all("accuracy" in row for row in rows) else []
+    costs = ["step MB", "step ms", "canary, unsafe", "max |x|"]
+    head = ["variant", "kept bits", "seeds", unit_of(rows), "% above", *accuracy, *costs]
+    cells = [head, *(c.describe() for c in comparisons)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     pad = lambda row: [row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))]
     lines = [f"| {' | '.join(pad(row))} |" for row in cells]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])

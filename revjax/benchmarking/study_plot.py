@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..training import unit_of
 from .study import Comparison
 
 _FEW = 10  # variants that can have a colour each
@@ -17,8 +18,10 @@ _BITS = [0, 1, 2, 4, 8, 16, 32]
 
 
 def plot(comparisons: Sequence[Comparison], path: pathlib.Path, *, title: str) -> None:
-    """Writes the picture to `path`, variants from the best to the worst. Losses are means over seeds, in bits per byte;
-    bars are 95 % intervals."""
+    """Writes the picture to `path`, variants from the best to the worst.
+
+    Losses are means over seeds, in bits per byte of text, or nats; bars are 95 % intervals.
+    """
     ranked = sorted(comparisons, key=lambda c: c.loss)
     figure = Figure(figsize=(16, max(4.4, 1.2 + 0.21 * len(ranked))), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -38,7 +41,7 @@ def plot(comparisons: Sequence[Comparison], path: pathlib.Path, *, title: str) -
     coloured = "" if len(ranked) <= _FEW else "; coloured by kept bits"
     by_name.set(xlabel=f"% above the baseline's loss{coloured}")
     over_tokens.set_ylim(ranked[0].loss * 0.98, ranked[0].loss * 1.35)  # the beginnings are alike
-    over_tokens.set(xlabel="tokens", ylabel="held-out bits per byte")
+    over_tokens.set(xlabel="tokens", ylabel=f"held-out {unit_of([row for c in ranked for row in c.rows])}")
     over_tokens.ticklabel_format(axis="x", style="sci", scilimits=(6, 6), useMathText=True)
     over_bits.set(xlabel="kept bits for each element and f", ylabel="% above the baseline's loss")
     over_bits.set_xscale("symlog", base=2, linthresh=1)

@@ -16,6 +16,7 @@ from .metrics import describe_evaluation as describe_evaluation
 from .metrics import headline as headline
 from .metrics import read_metrics as read_metrics
 from .metrics import rewinds_to as rewinds_to
+from .metrics import unit_of as unit_of
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer
 from .plots import plot_losses as plot_losses

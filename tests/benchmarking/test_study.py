@@ -79,6 +79,16 @@ def test_differences_are_those_of_seeds_that_both_have():
     assert "+11.00 ± 12.71" in table([a, b]) and "5.2267" in table([a, b])
 
 
+def test_what_is_not_text_is_compared_by_its_loss():
+    rows = [row(variant, 0, loss) for variant, loss in (("a", 2.0), ("b", 1.5))]
+    rows = [{name: x for name, x in r.items() if name != "bits_per_byte"} | {"loss": r["bits_per_byte"]} for r in rows]
+    a, b = summarize([rows[0] | {"accuracy": 0.5}, rows[1] | {"accuracy": 0.75}], "a")
+    assert b.difference == -25
+    head, _, *lines = table([a, b]).splitlines()
+    assert " nats |" in head and "% right" in head and "75.00" in lines[1]
+    assert "% right" not in table(summarize(rows, "a"))
+
+
 def test_a_result_belongs_to_its_settings_and_not_to_those_that_came_later(monkeypatch):
     config = load(RunConfig, (), [], environ={})
     others = ["--model.d_model=64", "--optimizer.clip_norm=null", "--model.num_kv_heads=2", "--training.seed=1"]
