@@ -110,11 +110,12 @@ def test_a_training_step_holds_more_than_its_gradient_and_attention_grows_with_i
 
 @pytest.mark.slow
 def test_what_a_coupling_keeps_is_what_memory_grows_by_with_depth():
-    sizes = dict(num_layers=4, d_model=64, sequence_length=64, batch_size=2)
+    # In fp32: a CPU makes a wide copy of what `jax.checkpoint` keeps in bf16.
+    sizes = dict(num_layers=4, d_model=64, sequence_length=64, batch_size=2, dtype="float32")
     nothing, near = (kept(KeptConfig(coupling=c, **sizes)) for c in ("revnet", "near-residual:4"))
     assert abs(nothing["reversible"]) < 0.1 * near["reversible"]
     assert near["reversible"] == pytest.approx(2 * 64 * 4 / 8, rel=0.1)  # two f's, 4 bits of each channel
-    assert near["checkpoint"] == pytest.approx(2 * 64, rel=0.2) and near["stored"] > 5 * near["checkpoint"]
+    assert near["checkpoint"] == pytest.approx(4 * 64, rel=0.1) and near["stored"] > 5 * near["checkpoint"]
 
 
 @pytest.mark.slow
