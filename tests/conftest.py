@@ -8,17 +8,30 @@ workers and the processes that they start share.
 """
 
 import atexit
+import gc
 import logging
 import os
+import pathlib
 import tempfile
 
 import jax
 import pytest
 
+# What a program computes, to the bit, is shown as users compile it. What commands write, print, keep and refuse is
+# not of the compiler: there the programs are compiled without most optimisations, in two thirds of the time.
+OPTIMIZED = (
+    *("core/", "nn/", "generation/", "models/test_decoder", "models/test_families", "models/test_lora"),
+    *("models/test_stack", "training/test_step", "training/test_layer_updates", "training/test_optimizer"),
+    *("test_sharding", "test_notebooks", "test_readme"),
+)
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has those of the process that started it
-    _caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
-    atexit.register(_caches.cleanup)
-    os.environ["XDG_CACHE_HOME"] = _caches.name
+    caches = os.environ.get("REVJAX_TEST_CACHES")  # a folder that several sessions share
+    if caches is None:
+        _caches = tempfile.TemporaryDirectory()  # the user's own stays as it is
+        atexit.register(_caches.cleanup)
+        caches = _caches.name
+    os.environ["XDG_CACHE_HOME"] = caches
 for name, value in {
     "jax_compilation_cache_dir": os.path.join(os.environ["XDG_CACHE_HOME"], "programs"),
     "jax_compilation_cache_max_size": 2**31,  # a limit brings locks
@@ -31,6 +44,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 if jax.default_backend() == "gpu":
     jax.config.update("jax_default_matmul_precision", "highest")  # products of fp32 are rounded to 10 bits there
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """What imports and collection made stays: looking through it again and again was a fourteenth of a test's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimizations(request):
+    place = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
+    name, without = "jax_disable_most_optimizations", not place.startswith(OPTIMIZED)
+    jax.config.update(name, without)
+    os.environ[name.upper()] = str(without)  # of processes that tests start
+    yield
+    jax.config.update(name, False)
+    del os.environ[name.upper()]
 
 
 @pytest.fixture(autouse=True)

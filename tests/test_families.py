@@ -65,20 +65,13 @@ def test_a_family_is_trained_goes_on_and_is_evaluated(name, text, tmp_path, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["digits", "denoise-text"])
 def test_a_plan_is_found_for_a_family(name, text, tmp_path, capsys):
     more = ["--memory.plan=auto", "--budget=aggressive", "--json"]
     assert cli.main(["plan", *words(name, text, tmp_path), *more]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"]["compiled"] and found["settings"]["memory.plan"] == "nothing"
     assert ("model.loss_tile" in found["settings"]) == (name != "digits")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_model_of_a_family_passes_its_check(name, text, tmp_path):
-    report = experiment.check_model(load(RunConfig, *split(words(name, text, tmp_path)), environ={}))
-    assert report.ok, str(report)
 
 
 def split(words):
