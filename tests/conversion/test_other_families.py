@@ -74,6 +74,8 @@ def make_hf(name: str) -> Any:
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(config).eval()
+    if options.get("tie_word_embeddings") is False:  # transformers ties the head of a new T5 all the same
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.15 * torch.randn_like(parameter)
@@ -146,7 +148,7 @@ def test_outputs_and_tensors_are_those_of_transformers(name, tmp_path):
     write_pretrained(open_pretrained(tmp_path / "hf").config, read, tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == [architecture]
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys() and ("lm_head.weight" in before) == (name == "t5 1.1")
     for tensor, values in before.items():
         assert values.dtype == after[tensor].dtype and values.tobytes() == after[tensor].tobytes(), tensor
     again = type(hf).from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
