@@ -156,7 +156,6 @@ def test_a_run_starts_from_another_of_its_family_and_not_from_one_of_another(tex
         ("digits", "--mesh.data=2"),
         ("digits", "--memory.accumulation=2"),
         ("denoise-text", "--optimizer.in_backward=two_sweeps"),
-        ("denoise-text", "--memory.plan=all"),
     ],
 )
 def test_a_family_is_trained_alike_however_the_step_is_made(name, setting, text, tmp_path):
