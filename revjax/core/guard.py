@@ -9,9 +9,9 @@ from .trace import is_float
 PyTree = Any
 
 SIDE_NOT_DIFFERENTIATED = (
-    "A side input of reversible_scan (`side_L` or `shared`) is being differentiated, and its gradient would be lost. "
-    "Pass it as `context=` (differentiated, the same for all layers) or put it into the parameters; "
-    "if it is meant to be constant, pass jax.lax.stop_gradient of it."
+    "A side input of reversible_scan (`side_L` or `shared`; of a stack, what it is called with by name) is being "
+    "differentiated, and its gradient would be lost. Pass it as `context=` (differentiated, the same for all layers; "
+    "several as a dict) or put it into the parameters; if it is meant to be constant, pass jax.lax.stop_gradient of it."
 )
 NUMBERS_NOT_DIFFERENTIATED = (
     "A number of the coupling (a sign or a step) is being differentiated, and its gradient would be lost. "

@@ -23,7 +23,7 @@ from flax import nnx
 
 from ..core.pin import pin
 from .gradients import stacks_of, value_and_grad
-from .stack import MutatedVariableError, ReversibleStack, branch_function
+from .stack import MutatedVariableError, ReversibleStack, branch_function, keywords_of
 
 PyTree = Any
 TOLERANCE, LOW_TOLERANCE = 1e-5, 3e-2  # relative, of gradients: fp32 sums in another order; bf16 backward passes
@@ -147,6 +147,12 @@ def _check_branches(stack: ReversibleStack, x, keywords: dict, faults: list[str]
     _, x = x if isinstance(x, tuple) else (None, x)
     x, key = jnp.asarray(x, jnp.float32), keywords.pop("key", None)
     context = {"context": keywords.pop("context")} if "context" in keywords else {}
+    names = {name for branches in stack.runs for branch in branches for name in keywords_of(branch)}
+    if key is not None and not {"key", ...} & names:
+        notes.append(
+            "The stack is called with a key, but no branch takes one, so nothing is random in training: for dropout, "
+            "name it, `def __call__(self, x, *, key=None)`."
+        )
     for branch in (branch for branches in stack.runs for branch in branches):
         f, params_L, state_L = branch_function(branch)
         params, state = jax.tree.map(lambda a: a[0], (params_L, state_L))

@@ -109,7 +109,9 @@ def _refuse_lost_state(model: nnx.Module, before: dict[Any, Any]) -> None:
         raise MutatedVariableError(
             f"The loss writes to variables of the model ({', '.join(changed)}), and what it writes would be lost: the "
             "next call would start from the old values (the same dropout mask, say). Pass keys as arguments "
-            "(revjax.nn.dropout(x, rate, key)), or return new values with has_aux=True and store them yourself."
+            "(revjax.nn.dropout(x, rate, key)). For running statistics, let the loss call a copy, "
+            "`copy = nnx.clone(model)`, and return `nnx.state(copy, nnx.BatchStat)` beside its value (has_aux=True), "
+            "for nnx.update(model, ...) afterwards."
         )
 
 

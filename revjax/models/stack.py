@@ -219,6 +219,7 @@ class ReversibleStack(nnx.Module):
     def _arguments(self, x, key, context, cache, coupling, side) -> dict[str, Any]:
         """What the core takes: pure functions, their stacked parameters, a key for each f."""
         self._refuse_unknown(dict(context=context, **side))
+        self._refuse_missing(dict(key=key, context=context, **side))
         static = {name: value for name, value in side.items() if isinstance(value, bool | str)}
         side = {name: value for name, value in side.items() if name not in static}
         context = jax.tree.map(jnp.asarray, context)
@@ -248,6 +249,17 @@ class ReversibleStack(nnx.Module):
                 f"No branch of this stack takes {', '.join(unknown)}: name it in the __call__ of the block. "
                 f"Branches take: {', '.join(sorted(known - {...})) or 'x only'}."
             )
+
+    def _refuse_missing(self, inputs: dict[str, PyTree]) -> None:
+        given = {name for name, value in inputs.items() if value is not None} | {"tape", "cache"}
+        for branch in (branch for branches in self.runs for branch in branches):
+            missing = [name for name in keywords_of(branch, required=True) if name not in given]
+            if missing:
+                raise TypeError(
+                    f"{type(branch).__name__} needs {', '.join(missing)}, which this call of its stack does not give: "
+                    f"stack(x, {', '.join(f'{name}=...' for name in missing)}). What may be left out has a default in "
+                    "its __call__."
+                )
 
 
 def _like(runs: Sequence[Run], leaves: Sequence[Sequence[jax.Array]]) -> list[PyTree]:
@@ -314,14 +326,16 @@ def _side_of_chunk(side, i):
     return state, None if key is None else jax.random.fold_in(key, i)
 
 
-def keywords_of(branch: nnx.Module) -> set[Any]:
-    """The keywords that the branch's `__call__` names; `...` where it takes any."""
+def keywords_of(branch: nnx.Module, *, required: bool = False) -> list[Any]:
+    """The keywords that the branch's `__call__` names, `...` where it takes any; or those without a default."""
     parameters = list(inspect.signature(type(branch).__call__).parameters.values())[2:]
-    wild = [... for p in parameters if p.kind is p.VAR_KEYWORD]
-    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} | set(wild)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if required:
+        return [p.name for p in named if p.default is p.empty]
+    return [p.name for p in named] + [... for p in parameters if p.kind is p.VAR_KEYWORD]
 
 
-def _refuse_unnamed(name: str, increment: PyTree, keywords: set[Any]) -> None:
+def _refuse_unnamed(name: str, increment: PyTree, keywords: list[Any]) -> None:
     extras = increment[1] if isinstance(increment, tuple) and isinstance(increment[-1], dict) else {}
     lost = [k for k in ("tape", "cache") if extras.get(k) is not None and k not in keywords and ... not in keywords]
     if lost:

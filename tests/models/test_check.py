@@ -95,6 +95,12 @@ def test_a_good_block_passes(coupling):
     assert len(report.rows) == 3 and "exact; safe to train" in str(report)
 
 
+def test_a_key_that_no_branch_takes_is_worth_a_note():
+    stack = revjax.ReversibleStack(Good, num_layers=2, rngs=nnx.Rngs(0))
+    report = revjax.check(stack, X, key=jax.random.key(0))
+    assert report.ok and ["no branch takes one, so nothing is random" in note for note in report.notes] == [True]
+
+
 def test_low_precision_passes():
     assert report_on(LowPrecision).ok
 

@@ -131,6 +131,17 @@ def test_side_inputs_and_context_go_where_they_are_named():
         stack(X, sclae=1.0)
 
 
+def test_what_a_branch_needs_and_is_not_given_is_named():
+    class Masked(Mixer):
+        def __call__(self, x, mask, *, key, train: bool = False):
+            return jnp.where(mask, self.linear(x), 0)
+
+    stack = revjax.ReversibleStack(Masked, num_layers=2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"Masked needs mask, key, which .* stack\(x, mask=..., key=...\)"):
+        stack(X)
+    assert stack(X, mask=jnp.ones((2, 8, 1), bool), key=jax.random.key(0)).shape == X.shape
+
+
 def test_a_gradient_is_taken_by_optax_and_by_nnx_optimizers():
     stack = revjax.ReversibleStack(Mixer, num_layers=3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(stack, optax.adam(1e-2), wrt=nnx.Param)
@@ -279,6 +290,30 @@ def test_state_that_the_loss_would_lose_is_refused():
 
     with pytest.raises(MutatedVariableError, match="The loss writes to .*dropout.rngs.count"):
         revjax.value_and_grad(loss_fn)(Model(), X)
+
+
+def test_running_statistics_outside_the_stack_are_kept_as_the_message_says():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(D, rngs=nnx.Rngs(1))
+            self.stack = revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.stack(self.norm(x))
+
+    model, plain = Model(), Model()
+    with pytest.raises(MutatedVariableError, match="norm.mean.*`copy = nnx.clone.model.`.*nnx.update"):
+        revjax.value_and_grad(loss_fn)(model, X)
+
+    def loss_of_copy(model, x):
+        copy = nnx.clone(model)
+        return loss_fn(copy, x), nnx.state(copy, nnx.BatchStat)
+
+    ((_, statistics), report), gradient = revjax.value_and_grad(loss_of_copy, has_aux=True)(model, X)
+    nnx.update(model, statistics)
+    plain(X)
+    assert jnp.array_equal(model.norm.mean[...], plain.norm.mean[...]) and jnp.any(model.norm.mean[...])
+    assert report.canary == 0 and report.max_abs > 0 and jnp.any(flat(gradient))
 
 
 def test_a_tape_or_cache_that_no_one_takes_back_is_refused():
