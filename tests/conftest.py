@@ -22,7 +22,7 @@ import pytest
 OPTIMIZED = (
     *("core/", "nn/", "generation/", "models/test_decoder", "models/test_families", "models/test_lora"),
     *("models/test_stack", "training/test_step", "training/test_layer_updates", "training/test_optimizer"),
-    *("test_sharding", "test_notebooks", "test_readme"),
+    "test_sharding",
 )
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has those of the process that started it
