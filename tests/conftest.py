@@ -18,11 +18,12 @@ import jax
 import pytest
 
 # What a program computes, to the bit, is shown as users compile it. What commands write, print, keep and refuse is
-# not of the compiler: there the programs are compiled without most optimisations, in two thirds of the time.
+# not of the compiler: there the programs, which hardly run, are compiled without most optimisations, in two thirds of
+# the time.
 OPTIMIZED = (
     *("core/", "nn/", "generation/", "models/test_decoder", "models/test_families", "models/test_lora"),
     *("models/test_stack", "training/test_step", "training/test_layer_updates", "training/test_optimizer"),
-    "test_sharding",
+    *("test_sharding", "test_notebooks"),  # notebooks train for minutes
 )
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has those of the process that started it
