@@ -11,7 +11,6 @@ from ..core.plan import Plan
 from ..models import DecoderConfig, ModelConfig, example_batch, loss_of, make_model, value_and_grad
 from .baseline import as_residual
 
-
 # Buffers are laid out before machine code is made: it need not be good for a program that is not run. A decoder, an
 # encoder-decoder, reversible, checkpointed and stored: the same bytes for each in half of the time.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
