@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..core import parse_coupling
 from ..memory import activation_memory, residual_stack, temp_bytes
 from ..models import Decoder, DecoderConfig, value_and_grad
 from ..nn import flash_attention
@@ -58,8 +59,10 @@ def memory(config: MemoryConfig) -> dict[str, int | str]:
     model = nnx.eval_shape(lambda: Decoder(decoder, rngs=nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length, config.d_model), jnp.float32)
 
+    key = jax.random.key(0) if parse_coupling(config.coupling).random else None
+
     def ours(model, x):
-        return value_and_grad(lambda model: jnp.mean(model.stack(x) ** 2))(model)
+        return value_and_grad(lambda model: jnp.mean(model.stack(x, key=key) ** 2))(model)
 
     def theirs(model, x, *, rival):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)

@@ -86,6 +86,11 @@ class AbstractCoupling(abc.ABC):
         """The coupling of one step, given that step's key; None is evaluation. Itself, unless it is random."""
         return self
 
+    @property
+    def random(self) -> bool:
+        """Whether a step needs a key, without which it is that of another coupling, which has no inverse."""
+        return self.reversible and not self.for_step(None).reversible
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearCoupling(AbstractCoupling):

@@ -1,5 +1,6 @@
 """How much memory a gradient needs, asked of XLA: it compiles the program and says, without running it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..core import parse_coupling
 from ..core.plan import Plan
 from ..models import DecoderConfig, ModelConfig, example_batch, loss_of, make_model, value_and_grad
 from .baseline import as_residual
@@ -36,22 +38,24 @@ def activation_memory(
 ) -> dict[str, int]:
     """Temporary bytes of the loss's gradient: reversible, beside `jax.checkpoint` per layer, beside stored.
 
-    Parameters and gradients are inputs and outputs, and not counted. Compiles three programs (seconds each). Of
-    images, `sequence_length` says nothing.
+    Parameters and gradients are inputs and outputs, and not counted, nor is dropout. Compiles three programs (seconds
+    each). Of images, `sequence_length` says nothing.
 
     Returns:
       Bytes by "reversible", "checkpoint" and "stored".
     """
+    config = dataclasses.replace(config, dropout=0.0, attention_dropout=0.0, stochastic_depth=0.0)
+    key = jax.random.key(0) if parse_coupling(config.coupling).random else None
     model = nnx.eval_shape(lambda: make_model(config, plan=plan, rngs=nnx.Rngs(0)))
     if isinstance(config, DecoderConfig):
         batch: Any = jax.ShapeDtypeStruct((batch_size, sequence_length), jnp.int32)
-        loss = lambda model, tokens: jnp.divide(*model.loss(tokens, tokens))
+        loss = lambda model, tokens, key=None: jnp.divide(*model.loss(tokens, tokens, key=key))
     else:
         batch = example_batch(config, batch_size, sequence_length)
-        loss = lambda model, batch: jnp.divide(*loss_of(config)(model, batch, None)[:2])
+        loss = lambda model, batch, key=None: jnp.divide(*loss_of(config)(model, batch, key)[:2])
 
     def ours(model, batch):
-        return value_and_grad(lambda model: loss(model, batch))(model)
+        return value_and_grad(lambda model: loss(model, batch, key))(model)
 
     def theirs(rival):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)

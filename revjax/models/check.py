@@ -99,7 +99,7 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, *
         )
     faults: list[str] = []
     notes: list[str] = []
-    if key is None and any(s.coupling.reversible and not s.coupling.for_step(None).reversible for s in stacks.values()):
+    if key is None and any(stack.coupling.random for stack in stacks.values()):
         key = jax.random.key(0)  # without one it would be evaluated, as an ordinary network
     run = functools.partial(_loss, inputs=inputs)
     try:

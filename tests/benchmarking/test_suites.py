@@ -112,8 +112,9 @@ def test_a_training_step_holds_more_than_its_gradient_and_attention_grows_with_i
 def test_what_a_coupling_keeps_is_what_memory_grows_by_with_depth():
     # In fp32: a CPU makes a wide copy of what `jax.checkpoint` keeps in bf16.
     sizes = dict(num_layers=4, d_model=64, sequence_length=64, batch_size=2, dtype="float32")
-    nothing, near = (kept(KeptConfig(coupling=c, **sizes)) for c in ("revnet", "near-residual:4"))
+    nothing, near, bdia = (kept(KeptConfig(coupling=c, **sizes)) for c in ("revnet", "near-residual:4", "bdia:4"))
     assert abs(nothing["reversible"]) < 0.1 * near["reversible"]
+    assert bdia["reversible"] == pytest.approx(near["reversible"], rel=0.1)  # as it trains, not as it is evaluated
     assert near["reversible"] == pytest.approx(2 * 64 * 4 / 8, rel=0.1)  # two f's, 4 bits of each channel
     assert near["checkpoint"] == pytest.approx(4 * 64, rel=0.1) and near["stored"] > 5 * near["checkpoint"]
 
