@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..training import unit_of
 from .study import Comparison
@@ -46,6 +47,7 @@ def plot(comparisons: Sequence[Comparison], path: pathlib.Path, *, title: str) -
     over_bits.set(xlabel="kept bits for each element and f", ylabel="% above the baseline's loss")
     over_bits.set_xscale("symlog", base=2, linthresh=1)
     over_bits.set_xticks(_BITS, [str(n) for n in _BITS])
+    over_memory.xaxis.set_major_locator(MaxNLocator(4))
     over_memory.set(xlabel="temporary bytes of a step, MB", ylabel="% above the baseline's loss")
     for axes in (by_name, over_tokens, over_bits, over_memory):
         _tidy(axes)
