@@ -131,6 +131,23 @@ def test_side_inputs_and_context_go_where_they_are_named():
         stack(X, sclae=1.0)
 
 
+def test_a_number_that_differs_by_layer_is_filled_in_and_a_context_may_be_several():
+    """As docs/your-own-model.md says."""
+
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.scale = nnx.Variable(jnp.ones(()))
+
+        def __call__(self, x, *, context):
+            return self.scale[...] * (context["a"] + 2 * context["b"])
+
+    stack = revjax.ReversibleStack(Scaled, num_layers=3, coupling="residual", plan="all", rngs=nnx.Rngs(0))
+    stack.runs[0][0].scale[...] = jnp.array([1.0, 10.0, 100.0])
+    run = lambda context: stack(jnp.zeros_like(X), context=context).sum()
+    gradient = jax.grad(run)({"a": jnp.ones_like(X), "b": jnp.ones_like(X)})
+    assert jnp.allclose(gradient["a"], 111) and jnp.allclose(gradient["b"], 222)
+
+
 def test_what_a_branch_needs_and_is_not_given_is_named():
     class Masked(Mixer):
         def __call__(self, x, mask, *, key, train: bool = False):
