@@ -11,20 +11,10 @@ import atexit
 import gc
 import logging
 import os
-import pathlib
 import tempfile
 
 import jax
 import pytest
-
-# What a program computes, to the bit, is shown as users compile it. What commands write, print, keep and refuse is
-# not of the compiler: there the programs, which hardly run, are compiled without most optimisations, in two thirds of
-# the time.
-OPTIMIZED = (
-    *("core/", "nn/", "generation/", "models/test_decoder", "models/test_families", "models/test_lora"),
-    *("models/test_stack", "training/test_step", "training/test_layer_updates", "training/test_optimizer"),
-    *("test_sharding", "test_notebooks"),  # notebooks train for minutes
-)
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has those of the process that started it
     caches = os.environ.get("REVJAX_TEST_CACHES")  # a folder that several sessions share
@@ -54,15 +44,16 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _optimizations(request):
-    place = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
-    name, without = "jax_disable_most_optimizations", not place.startswith(OPTIMIZED)
+@pytest.hookimpl(tryfirst=True)  # before fixtures, also those of a module
+def pytest_runtest_setup(item):
+    """What a program computes, to the bit, is tested as users compile it: these tests are marked `optimized`.
+
+    What commands write, print, keep and refuse is not of the compiler. There the programs, which hardly run, are
+    compiled without most optimizations, in half of the time.
+    """
+    name, without = "jax_disable_most_optimizations", item.get_closest_marker("optimized") is None
     jax.config.update(name, without)
     os.environ[name.upper()] = str(without)  # of processes that tests start
-    yield
-    jax.config.update(name, False)
-    del os.environ[name.upper()]
 
 
 @pytest.fixture(autouse=True)

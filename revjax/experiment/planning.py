@@ -43,7 +43,7 @@ def plan(config: RunConfig, budget: str, hardware: str | None = None) -> Found:
 
     Raises `ConfigError` for a budget that is none of these, and where no step fits, with the smallest that does.
     """
-    return _plan(config, budget, hardware, _Compiler(config).bytes_of)
+    return _plan(config, budget, hardware, _Compiler(config, to_run=False).bytes_of)
 
 
 def _plan(config: RunConfig, budget: str, hardware: str | None, measure: Callable[[Choice], int]) -> Found:
@@ -93,7 +93,7 @@ def largest(
         if what == "batch":
             options = [c for c in options if c.choice.accumulation == 1]
         least = min(options, key=lambda c: (c.predicted, c.time))
-        found = _as_chosen(least, options, _Compiler(sized).bytes_of)
+        found = _as_chosen(least, options, _Compiler(sized, to_run=False).bytes_of)
         tried[size] = sized, dataclasses.replace(found, budget=allowed)
         return found.budget
 
@@ -131,7 +131,7 @@ def settled(config: RunConfig) -> tuple[RunConfig, tuple[Program, Any] | None]:
         get_logger(__name__).warning(
             "memory.accumulation %d is not used: memory.plan auto decides it as well", memory.accumulation
         )
-    compiler = _Compiler(config)
+    compiler = _Compiler(config, to_run=True)
     chosen = _plan(config, memory.budget, None, compiler.bytes_of).chosen
     assert chosen is not None
     get_logger(__name__).info(
@@ -267,8 +267,8 @@ def _halvings(n: int, smallest: int) -> list[int]:
 class _Compiler:
     """Compiles steps of one configuration that differ in what may be chosen. The latest one, `latest`, is kept."""
 
-    def __init__(self, config: RunConfig):
-        self._config, self._devices = config, Devices.of(config)
+    def __init__(self, config: RunConfig, *, to_run: bool):
+        self._to_run, self._config, self._devices = to_run, config, Devices.of(config)
         self.latest: tuple[Program, Any] | None = None
 
     def bytes_of(self, choice: Choice) -> int:
@@ -276,7 +276,7 @@ class _Compiler:
         self.latest = None
         get_logger(__name__).info("compiling %s ...", describe_choice(choice))
         program = Program.of(with_choice(self._config, choice), self._devices)
-        self.latest = program, program.compile()
+        self.latest = program, program.compile(to_run=self._to_run)
         return bytes_of_step(self.latest[1])
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from ..data import Tokenizer
 from ..errors import ConfigError
+from ..memory import options_to_measure
 from ..models import VisionConfig, make_model, without_adapters
 from ..training import (
     Skeleton,
@@ -84,9 +85,11 @@ class Program:
             raise ConfigError(f"memory.plan {config.memory.plan!r}: {e}") from None
         return Program(devices, make, start, skeleton, shapes, batch, lowered)
 
-    def compile(self) -> Any:
-        """The step, compiled for the devices."""
-        return self.lowered.compile(compiler_options=step_compiler_options(jax.default_backend()))
+    def compile(self, *, to_run: bool = True) -> Any:
+        """The step, compiled for the devices; sooner where it is only asked for its memory."""
+        backend = jax.default_backend()
+        quick = {} if to_run else options_to_measure(backend)
+        return self.lowered.compile(compiler_options=step_compiler_options(backend) | quick)
 
     def begin(self, start_from: str | None, tokenizer: Tokenizer | None) -> TrainState:
         """The state before the first step, its arrays made where they belong: random, or from the run `start_from`.

@@ -16,6 +16,7 @@ from .devices import HARDWARE as HARDWARE
 from .devices import Hardware as Hardware
 from .devices import peak_flops as peak_flops
 from .measure import activation_memory as activation_memory
+from .measure import options_to_measure as options_to_measure
 from .measure import temp_bytes as temp_bytes
 from .op_times import ELSEWHERE as ELSEWHERE
 from .op_times import LOOPS as LOOPS

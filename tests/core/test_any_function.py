@@ -11,6 +11,8 @@ import pytest
 
 from revjax.core import NearResidual, RevNet, Run, pin, reversible_scan, transcendental
 
+pytestmark = pytest.mark.optimized
+
 B, T, D = 3, 24, 40
 
 

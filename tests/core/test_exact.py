@@ -11,6 +11,8 @@ from revjax.core import Run, reversible_scan
 
 from .problems import COUPLINGS, B, D, T, make_problem, make_run, mix, num_wrong, objective
 
+pytestmark = pytest.mark.optimized
+
 L = 12
 
 

@@ -14,6 +14,8 @@ from revjax.core import Run, reversible_scan
 
 from .problems import COUPLINGS, D, T, make_problem, make_run, objective
 
+pytestmark = pytest.mark.optimized
+
 L = 12
 NAMED = core.Reverse(("increment",))
 

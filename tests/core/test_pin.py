@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from revjax.core import NearResidual, Run, pin, reversible_scan
+
+pytestmark = pytest.mark.optimized
 
 B, T, N, D, F = 4, 512, 4, 256, 768
 

@@ -74,6 +74,7 @@ def test_cached_logits_equal_the_full_pass(name):
 
 
 @pytest.mark.parametrize("name", ["window", "near-residual"])
+@pytest.mark.optimized
 def test_the_plan_attention_gives_the_same_bits_without_the_forward_kernel_in_the_backward_pass(name):
     config = dataclasses.replace(VARIANTS[name], dtype="bfloat16", attention_dropout=0.1, dropout=0.1)
     tokens = jax.random.randint(jax.random.key(1), (1, 513), 0, 50)  # several blocks: the kernel is a loop
@@ -134,6 +135,7 @@ def test_a_layer_scale_is_a_learned_factor_of_each_increment():
 
 
 @pytest.mark.parametrize("name", ["last", "learned read-out", "concat", "own coupling"])
+@pytest.mark.optimized
 def test_every_setting_of_the_streams_is_rebuilt_to_the_bit(name):
     model = make(dataclasses.replace(VARIANTS[name], dtype="bfloat16", dropout=0.1, num_layers=8))
     key = jax.random.key(2)
@@ -161,6 +163,7 @@ def test_packed_documents_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("name", ["rotary", "block", "near-residual"])
+@pytest.mark.optimized
 def test_gradients_of_the_whole_decoder_equal_the_stored_run(name):
     """fp32, dropout and stochastic depth on: within 1e-6, relative, of the run that stores everything."""
     config = dataclasses.replace(VARIANTS[name], dropout=0.1, stochastic_depth=0.1, attention_dropout=0.1)
@@ -231,6 +234,7 @@ def test_projections_into_the_stream_start_smaller_with_depth():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_96_layers_train():
     config = dataclasses.replace(TINY, num_layers=96, num_kv_heads=None, dtype="bfloat16")
     model = revjax.Decoder(config, rngs=nnx.Rngs(0))
@@ -284,6 +288,7 @@ def test_impossible_shapes_are_refused(wrong, message):
 
 
 @pytest.mark.parametrize("dtype, param_dtype", [("float16", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.optimized
 def test_half_precision_and_low_precision_parameters_are_exact_and_near_fp32(dtype, param_dtype):
     """Near: as far from fp32, with the same parameters, as a few roundings of the dtype."""
     model = make(dataclasses.replace(TINY, dtype=dtype, param_dtype=param_dtype, dropout=0.1))

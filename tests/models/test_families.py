@@ -76,6 +76,7 @@ def by_time(names, quick=QUICK):
 
 # Another encoder is checked as masked-text.yaml, and how a vision transformer is pooled is not of its stack.
 @pytest.mark.parametrize("name", by_time(n for n in CONFIGS if n not in ("encoder", "vision, mean")))
+@pytest.mark.optimized
 def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_run(name):
     """bf16, with dropout and stochastic depth; also with respect to the context, and to tables that layers share."""
     config = dataclasses.replace(

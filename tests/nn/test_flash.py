@@ -11,6 +11,8 @@ from jax.test_util import check_grads
 from revjax.nn import flash_attention, flash_attention_with_lse
 from revjax.nn.blocks import Tiling
 
+pytestmark = pytest.mark.optimized
+
 TOLERANCE = dict(rtol=2e-4, atol=2e-5)  # fp32, another order of summation
 
 CASES = {

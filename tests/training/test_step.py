@@ -71,6 +71,7 @@ def test_the_state_goes_into_plain_dicts_and_back(decoder):
     assert jax.tree.structure(back) == jax.tree.structure(state) and same_bits(back, state)
 
 
+@pytest.mark.optimized
 def test_a_step_is_the_optimizer_on_the_gradient_of_the_mean(decoder):
     _, step, state = make(decoder, optimizer=optax.sgd(0.5))
     rows = make_rows()
@@ -139,6 +140,7 @@ def test_the_norm_of_all_gradients_is_the_norm(shape):
     np.testing.assert_allclose(global_norm({"x": x}), np.sqrt(np.sum(np.square(x, dtype=np.float64))), rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_compiled_with_its_options_a_step_copies_no_moments_and_gives_the_same_bits(decoder):
     skeleton, params = split(decoder)
     optimizer = optax.adamw(1e-2)
