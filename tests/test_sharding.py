@@ -28,8 +28,6 @@ from revjax.sharding import (
 )
 from revjax.training import read_metrics, split
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

@@ -9,8 +9,6 @@ from revjax.core import Run, by_tokens, reversible_scan
 
 from .problems import make_problem, objective
 
-pytestmark = pytest.mark.optimized
-
 B, T, D, F, L = 2, 24, 16, 512, 4
 
 

@@ -47,12 +47,12 @@ def test_the_loss_is_that_of_the_logits(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_sees_a_later_one(name):
-    model = make(VARIANTS[name])
+    run = jax.jit(make(VARIANTS[name]))
     seen = []
     for t in (0, 11):
         other = TOKENS.at[:, t + 1 :].set((TOKENS[:, t + 1 :] + 7) % 50)
-        seen.append(jnp.array_equal(model(TOKENS)[:, : t + 1], model(other)[:, : t + 1]))
-        assert not jnp.array_equal(model(TOKENS)[:, t + 1 :], model(other)[:, t + 1 :])
+        seen.append(jnp.array_equal(run(TOKENS)[:, : t + 1], run(other)[:, : t + 1]))
+        assert not jnp.array_equal(run(TOKENS)[:, t + 1 :], run(other)[:, t + 1 :])
     assert all(seen)
 
 
@@ -74,7 +74,6 @@ def test_cached_logits_equal_the_full_pass(name):
 
 
 @pytest.mark.parametrize("name", ["window", "near-residual"])
-@pytest.mark.optimized
 def test_the_plan_attention_gives_the_same_bits_without_the_forward_kernel_in_the_backward_pass(name):
     config = dataclasses.replace(VARIANTS[name], dtype="bfloat16", attention_dropout=0.1, dropout=0.1)
     tokens = jax.random.randint(jax.random.key(1), (1, 513), 0, 50)  # several blocks: the kernel is a loop
@@ -135,7 +134,6 @@ def test_a_layer_scale_is_a_learned_factor_of_each_increment():
 
 
 @pytest.mark.parametrize("name", ["last", "learned read-out", "concat", "own coupling"])
-@pytest.mark.optimized
 def test_every_setting_of_the_streams_is_rebuilt_to_the_bit(name):
     model = make(dataclasses.replace(VARIANTS[name], dtype="bfloat16", dropout=0.1, num_layers=8))
     key = jax.random.key(2)
@@ -162,8 +160,7 @@ def test_packed_documents_do_not_see_each_other():
     np.testing.assert_allclose(packed[:, 12:], x(TOKENS[:, 12:]), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rotary", "block", "near-residual"])
-@pytest.mark.optimized
+@pytest.mark.parametrize("name", [pytest.param("rotary", marks=pytest.mark.optimized), "block", "near-residual"])
 def test_gradients_of_the_whole_decoder_equal_the_stored_run(name):
     """fp32, dropout and stochastic depth on: within 1e-6, relative, of the run that stores everything."""
     config = dataclasses.replace(VARIANTS[name], dropout=0.1, stochastic_depth=0.1, attention_dropout=0.1)
@@ -288,7 +285,6 @@ def test_impossible_shapes_are_refused(wrong, message):
 
 
 @pytest.mark.parametrize("dtype, param_dtype", [("float16", "float32"), ("bfloat16", "bfloat16")])
-@pytest.mark.optimized
 def test_half_precision_and_low_precision_parameters_are_exact_and_near_fp32(dtype, param_dtype):
     """Near: as far from fp32, with the same parameters, as a few roundings of the dtype."""
     model = make(dataclasses.replace(TINY, dtype=dtype, param_dtype=param_dtype, dropout=0.1))

@@ -74,9 +74,13 @@ def by_time(names, quick=QUICK):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-# Another encoder is checked as masked-text.yaml, and how a vision transformer is pooled is not of its stack.
-@pytest.mark.parametrize("name", by_time(n for n in CONFIGS if n not in ("encoder", "vision, mean")))
-@pytest.mark.optimized
+@pytest.mark.parametrize(  # others are checked as configs, and how a vision transformer is pooled is not of its stack
+    "name",
+    [
+        pytest.param("vision", marks=pytest.mark.optimized),
+        *by_time(["encoder, post-norm", "encoder, blocks", "encoder-decoder, relative"]),
+    ],
+)
 def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_run(name):
     """bf16, with dropout and stochastic depth; also with respect to the context, and to tables that layers share."""
     config = dataclasses.replace(
@@ -130,7 +134,7 @@ def test_memory_is_flat_in_depth_and_the_rivals_is_not(name):
 def test_a_token_of_an_encoder_sees_both_sides_of_its_segment_and_nothing_else(name):
     model = make(CONFIGS[name])
     segment_ids = jnp.array([[0] * 6 + [1] * 7] * 2)
-    hidden = lambda tokens, **more: model.hidden(tokens, **more)
+    hidden = jax.jit(model.hidden)
     first, last = TOKENS.at[:, 0].add(1), TOKENS.at[:, 12].add(1)
     plain, apart = hidden(TOKENS), hidden(TOKENS, segment_ids=segment_ids)
     assert jnp.all(jnp.any(plain != hidden(first), -1)) and jnp.all(jnp.any(plain != hidden(last), -1))
@@ -253,10 +257,11 @@ def test_what_is_no_image_of_the_model_is_refused(images, error, message):
 def test_a_target_sees_all_of_the_source_and_its_own_past(name):
     model = make(CONFIGS[name])
     source, target = TOKENS, TOKENS[:, :9]
-    out = model(source, target)
+    run = jax.jit(model)
+    out = run(source, target)
     assert out.shape == (2, 9, 40)
-    assert jnp.all(jnp.any(out != model(source.at[:, 12].add(1), target), -1))
-    later = model(source, target.at[:, 5].add(1))
+    assert jnp.all(jnp.any(out != run(source.at[:, 12].add(1), target), -1))
+    later = run(source, target.at[:, 5].add(1))
     np.testing.assert_array_equal(jnp.any(out != later, -1)[0], jnp.arange(9) >= 5)
     is_text = jnp.broadcast_to(jnp.arange(13) < 10, (2, 13)).astype(jnp.int32)
     padded = model(jnp.where(is_text > 0, source, 3), target, source_segment_ids=is_text)

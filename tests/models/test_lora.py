@@ -78,7 +78,6 @@ def test_gradients_are_those_of_the_adapters_alone_by_the_chain_rule():
 
 
 @pytest.mark.parametrize("coupling", [pytest.param("near-residual:1", marks=pytest.mark.slow), "bdia:1"])
-@pytest.mark.optimized
 def test_a_frozen_stack_is_rebuilt_to_the_bit(coupling):
     config = dataclasses.replace(CONFIG, coupling=coupling, num_layers=6, dropout=0.1)
     skeleton, params, frozen = trained(config)

@@ -74,7 +74,6 @@ def test_the_first_step_is_the_ordinary_one_to_the_bit(how):
 @pytest.mark.slow
 @pytest.mark.parametrize("how, clip_norm", [("one_sweep", None), ("two_sweeps", None), ("two_sweeps", 0.5)])
 @pytest.mark.parametrize("name", ["sgd", "lion"])
-@pytest.mark.optimized
 def test_parameters_follow_as_without(name, how, clip_norm):
     """To rounding: XLA merges products and sums in one loop that it does not in another."""
     settings = dict(name=name, clip_norm=clip_norm, moment_dtype="bfloat16" if name == "lion" else "float32")
