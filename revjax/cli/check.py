@@ -2,6 +2,7 @@
 
 from .. import experiment
 from ..config import load
+from ..logging import setup
 from .words import leading_names, run_help, take
 
 USAGE = "revjax check [CONFIG.yaml ...] [--section.field=value ...]"
@@ -18,6 +19,7 @@ def check(argv: list[str]) -> int:
         print(run_help(paths, settings, prog="revjax check", description=DESCRIPTION))
         return 0
     config = load(experiment.RunConfig, paths, settings)
+    setup()
     experiment.use_compilation_cache(config.run.compilation_cache)
     report = experiment.check_model(config)
     print(report)

@@ -9,9 +9,10 @@ from .trace import is_float
 PyTree = Any
 
 SIDE_NOT_DIFFERENTIATED = (
-    "A side input of reversible_scan (`side_L` or `shared`; of a stack, what it is called with by name) is being "
-    "differentiated, and its gradient would be lost. Pass it as `context=` (differentiated, the same for all layers; "
-    "several as a dict) or put it into the parameters; if it is meant to be constant, pass jax.lax.stop_gradient of it."
+    "The side input {name} is being differentiated, and its gradient would be lost. Pass it as `context=` "
+    "(differentiated, the same for all layers; several as a dict) or put it into the parameters; if it is meant to be "
+    "constant, pass jax.lax.stop_gradient of it. (What a stack is called with by name is `shared` here, and what each "
+    "layer has of its own `side_L`.)"
 )
 NUMBERS_NOT_DIFFERENTIATED = (
     "A number of the coupling (a sign or a step) is being differentiated, and its gradient would be lost. "
@@ -28,14 +29,23 @@ FIRST_ORDER_ONLY = (
 
 
 def refuse_gradient(tree: PyTree, message: str) -> PyTree:
-    """Returns `tree`; raises TypeError(message) as soon as one of its floats is differentiated."""
+    """Returns `tree`; raises TypeError(message) as soon as one of its floats is differentiated.
 
-    @jax.custom_jvp
-    def identity(a):
-        return a
+    `{name}` in the message becomes the place of that float in the tree.
+    """
 
-    @identity.defjvp
-    def _(primals, tangents):
-        raise TypeError(message)
+    def guarded(path, a):
+        if not (hasattr(a, "dtype") and is_float(a)):
+            return a
 
-    return jax.tree.map(lambda a: identity(a) if hasattr(a, "dtype") and is_float(a) else a, tree)
+        @jax.custom_jvp
+        def identity(a):
+            return a
+
+        @identity.defjvp
+        def _(primals, tangents):
+            raise TypeError(message.format(name=jax.tree_util.keystr(path, simple=True, separator=".")))
+
+        return identity(a)
+
+    return jax.tree.map_with_path(guarded, tree)

@@ -229,7 +229,8 @@ def prepare(runs, x, *, coupling, plan, shared, context, exact, fraction_bits, c
     arithmetic = Exact(FixedPoint(fraction_bits)) if exact else Float(streams[1].dtype)
     params, streams, context = vary_alike((tuple(run.params_L for run in runs), streams, context))
     runs = [dataclasses.replace(run, params_L=p) for run, p in zip(runs, params, strict=True)]
-    sides = refuse_gradient((tuple(run.side_L for run in runs), shared), SIDE_NOT_DIFFERENTIATED)
+    given = {"side_L": tuple(run.side_L for run in runs), "shared": shared}
+    sides = tuple(refuse_gradient(given, SIDE_NOT_DIFFERENTIATED)[name] for name in given)
     numbers = coupling.numbers(sum(run.num_fns for run in runs), streams[1])
     numbers = refuse_gradient(numbers, NUMBERS_NOT_DIFFERENTIATED)
     layers = Layers.trace(runs, streams[1], sides[1], context, coupling, arithmetic, constrain or (lambda x: x), pieces)

@@ -13,7 +13,7 @@ products in low precision whose roundings XLA leaves out in one of two programs 
 import dataclasses
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -22,12 +22,13 @@ import numpy as np
 from flax import nnx
 
 from ..core.pin import pin
+from ..logging import get_logger
 from .gradients import stacks_of, value_and_grad
 from .stack import MutatedVariableError, ReversibleStack, branch_function, keywords_of
 
 PyTree = Any
 TOLERANCE, LOW_TOLERANCE = 1e-5, 3e-2  # relative, of gradients: fp32 sums in another order; bf16 backward passes
-DIFFERENCES_TOLERANCE = 1e-6
+DIFFERENCES_TOLERANCE, FLOAT32_DIFFERENCES_TOLERANCE = 1e-6, 1e-2  # in float64, or where a branch casts to less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,12 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, *
     if key is None and any(stack.coupling.random for stack in stacks.values()):
         key = jax.random.key(0)  # without one it would be evaluated, as an ordinary network
     run = functools.partial(_loss, inputs=inputs)
+    log = get_logger(__name__).info
+    calls = []
     try:
-        for stack, x, keywords in _calls_of_stacks(lambda: run(model, example, key)):
+        log("check 1 of 4: each kind of branch by itself")
+        _at_calls_of_stacks(lambda: run(model, example, key), lambda *call: calls.append(call))
+        for stack, x, keywords in calls:
             _check_branches(stack, x, keywords, faults, notes)
             if not stack.exact:
                 drift = float(jnp.max(stack.reconstruction_error(x, **_of_branches(keywords))))
@@ -112,8 +117,11 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, *
                 )
     except MutatedVariableError as error:
         return CheckReport([str(error)], ["Nothing else was checked."], [], None, None)
+    log("check 2 of 4: every layer, rebuilt")
     rows, grads = _check_rebuilding(run, model, example, key, faults)
+    log("check 3 of 4: gradients against the stored run")
     gradient_error = _check_against_stored(run, model, example, key, grads, faults)
+    log("check 4 of 4: gradients against differences, in float64")
     difference_error = _check_against_differences(run, model, example, key, faults, notes)
     return CheckReport(faults, notes, rows, gradient_error, difference_error)
 
@@ -122,15 +130,15 @@ def _loss(model: nnx.Module, example: PyTree, key: jax.Array | None, inputs: dic
     args = example if isinstance(example, tuple) else (example,)
     out = model(*args, **({} if key is None else {"key": key}), **inputs)
     weights = np.random.default_rng(0).standard_normal(out.shape)
-    return jnp.sum(out * weights.astype(out.dtype)) / np.sqrt(out.size)
+    return jnp.sum(out * weights.astype(out.dtype)) / out.size**0.5
 
 
-def _calls_of_stacks(run: Callable) -> list[tuple[ReversibleStack, jax.Array, dict[str, PyTree]]]:
-    """Each stack that `run()` calls, with what it is called with."""
-    calls, scan = [], ReversibleStack.scan
+def _at_calls_of_stacks(run: Callable, visit: Callable) -> None:
+    """Runs `run()`, and before each call of a stack `visit(stack, x, keywords)`."""
+    scan = ReversibleStack.scan
 
     def listen(stack, x, **keywords):
-        calls.append((stack, x, keywords))
+        visit(stack, x, keywords)
         return scan(stack, x, **keywords)
 
     cast(Any, ReversibleStack).scan = listen
@@ -138,30 +146,18 @@ def _calls_of_stacks(run: Callable) -> list[tuple[ReversibleStack, jax.Array, di
         run()
     finally:
         cast(Any, ReversibleStack).scan = scan
-    return calls
 
 
 def _check_branches(stack: ReversibleStack, x, keywords: dict, faults: list[str], notes: list[str]) -> None:
-    """Runs each kind of branch by itself, with the parameters of its first layer, on what the first f reads."""
-    keywords = _of_branches(keywords)
-    _, x = x if isinstance(x, tuple) else (None, x)
-    x, key = jnp.asarray(x, jnp.float32), keywords.pop("key", None)
-    context = {"context": keywords.pop("context")} if "context" in keywords else {}
+    """Runs each kind of branch by itself, on what the first f reads."""
     names = {name for branches in stack.runs for branch in branches for name in keywords_of(branch)}
-    if key is not None and not {"key", ...} & names:
+    if keywords.get("key") is not None and not {"key", ...} & names:
         notes.append(
             "The stack is called with a key, but no branch takes one, so nothing is random in training: for dropout, "
             "name it, `def __call__(self, x, *, key=None)`."
         )
-    for branch in (branch for branches in stack.runs for branch in branches):
-        f, params_L, state_L = branch_function(branch)
-        params, state = jax.tree.map(lambda a: a[0], (params_L, state_L))
-
-        def run(params, x, key=key, f=f, state=state):
-            result = f(params, x, side=(state, key), shared=keywords, **context)
-            return result[0] if isinstance(result, tuple) else result
-
-        name = f.__name__
+    for name, run, params, first in _branches(stack, x, keywords):
+        x = jnp.asarray(first, jnp.float32)
         if not _same(run(params, x), run(params, x)):
             faults.append(
                 f"{name} is not the same function twice: called again with the same arguments, it returned something "
@@ -185,6 +181,23 @@ def _check_branches(stack: ReversibleStack, x, keywords: dict, faults: list[str]
                     f"{name} gives other bits beside its gradient than alone, though its roundings are pinned: some "
                     "operation in it (a custom kernel?) does not compute the same twice."
                 )
+
+
+def _branches(stack: ReversibleStack, x, keywords: dict) -> Iterator[tuple[str, Callable, PyTree, jax.Array]]:
+    """Each kind of branch, of its first layer: its name, `run(params, x, key=)`, its parameters, and x."""
+    keywords = _of_branches(keywords)
+    _, x = x if isinstance(x, tuple) else (None, x)
+    key = keywords.pop("key", None)
+    context = {"context": keywords.pop("context")} if "context" in keywords else {}
+    for branch in (branch for branches in stack.runs for branch in branches):
+        f, params_L, state_L = branch_function(branch)
+        params, state = jax.tree.map(lambda a: a[0], (params_L, state_L))
+
+        def run(params, x, key=key, f=f, state=state):
+            result = f(params, x, side=(state, key), shared=keywords, **context)
+            return result[0] if isinstance(result, tuple) else result
+
+        yield f.__name__, run, params, x
 
 
 def _of_branches(keywords: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -265,16 +278,51 @@ def _check_against_differences(run, model, example, key, faults, notes) -> float
         step = jax.tree.map(lambda p: rng.standard_normal(p.shape) * (jnp.sqrt(jnp.mean(p**2)) + 1e-3), params)
         at = jax.jit(lambda e: loss(nnx.merge(graphdef, jax.tree.map(lambda p, v: p + e * v, params, step), rest)))
         difference = lambda e: float(at(e) - at(-e)) / (2 * e)
-        numeric = [(4 * difference(e / 2) - difference(e)) / 3 for e in (1e-3, 1e-4, 1e-5)]
+        numeric = [(4 * difference(e / 2) - difference(e)) / 3 for e in (1e-2, 1e-3, 1e-4, 1e-5)]
         grads = jax.jit(lambda model: value_and_grad(run)(model, example, key))(model64)[1]
         exact = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, step))))
-    error = min(abs(x - exact) / max(abs(x), 1e-12) for x in numeric)
-    if not error <= DIFFERENCES_TOLERANCE:
+        error = min(abs(x - exact) / max(abs(x), 1e-12) for x in numeric)
+        casting = [] if error <= DIFFERENCES_TOLERANCE else _casting(lambda: loss(model64))
+    tolerance = FLOAT32_DIFFERENCES_TOLERANCE if casting else DIFFERENCES_TOLERANCE
+    if casting:
+        notes.append(
+            f"Differences are no more precise than float32 ({', '.join(casting)}: cast to it, whatever comes in). "
+            "With x.astype(jnp.promote_types(x.dtype, jnp.float32)) instead of x.astype(jnp.float32) they are."
+        )
+    if not error <= tolerance:
         faults.append(
             f"The gradient along one direction differs from finite differences by {error:.1e} (float64; at most "
-            f"{DIFFERENCES_TOLERANCE:.0e}). Is a derivative of its own (jax.custom_vjp) wrong, or rounded?"
+            f"{tolerance:.0e}). Is a derivative of its own (jax.custom_vjp) wrong, or rounded?"
         )
     return error
+
+
+def _casting(loss: Callable) -> list[str]:
+    """What gives less precise floats than it takes, in float64: branches that `loss()` calls, or the model itself."""
+    names: dict[str, None] = {}
+
+    def visit(stack, x, keywords):
+        for name, f, params, first in _branches(stack, x, keywords):
+            if _casts_down(jax.make_jaxpr(f)(params, first).jaxpr):
+                names[name] = None
+
+    found = []
+    _at_calls_of_stacks(lambda: found.append(jax.eval_shape(loss)), visit)
+    return [*names, *(["the model's output"] if found[0].dtype != jnp.float64 else [])]
+
+
+def _casts_down(jaxpr: Any) -> bool:
+    """Whether an operation in it takes floats, and gives an array of less precise ones."""
+    arrays = lambda atoms: [a.aval for a in atoms if a.aval.ndim and jnp.issubdtype(a.aval.dtype, jnp.floating)]
+    bytes_of = lambda atoms: [a.dtype.itemsize for a in arrays(atoms)]
+    for eqn in jaxpr.eqns:
+        taken, given = bytes_of(eqn.invars), bytes_of(eqn.outvars)
+        if taken and given and min(given) < max(taken):
+            return True
+        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+        if any(_casts_down(getattr(p, "jaxpr", p)) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            return True
+    return False
 
 
 def _in_float64(model: nnx.Module) -> nnx.Module:

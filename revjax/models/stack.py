@@ -285,7 +285,24 @@ def _as_branches(block) -> list[nnx.Module]:
                 "make_block(rngs) must return an nnx.Module that maps x to the increment f(x), or a list of them, "
                 f"but it returned {type(branch).__name__}."
             )
+        _refuse_made_before(branch)
     return branches
+
+
+def _refuse_made_before(branch: nnx.Module) -> None:
+    """What make_block only hands on would be copied for every layer. (Called in the `vmap` that makes all layers.)"""
+    from_before = [
+        ".".join(map(str, path))
+        for path, node in nnx.iter_graph(branch)
+        if isinstance(node, nnx.Param) and not node._can_update  # made outside of the vmap
+    ]
+    if from_before:
+        raise ValueError(
+            f"{type(branch).__name__} holds parameters that were made before make_block was called "
+            f"({', '.join(from_before)}): each layer would get a copy of its own. Make them in make_block; or, if all "
+            "layers share them, hand them to the stack, stack(x, context=...), and name `context` in the block's "
+            "__call__: a module or parameters, with gradients."
+        )
 
 
 def branch_function(

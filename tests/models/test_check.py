@@ -151,6 +151,46 @@ def test_a_whole_decoder_passes_with_its_dropout():
     assert report.difference_error <= 1e-6
 
 
+class InFloat32(Good):
+    """As attention's scores often are: float32 whatever comes in."""
+
+    def __call__(self, x):
+        y = jax.nn.softmax(self.linear(x).astype(jnp.float32))
+        return y.astype(x.dtype)
+
+
+@jax.custom_vjp
+def double(x):
+    return 2 * x
+
+
+double.defvjp(lambda x: (2 * x, None), lambda _, dy: (1.8 * dy,))  # wrong by a tenth
+
+
+class CastsAtTheEnd(nnx.Module):
+    def __init__(self):
+        self.stack = revjax.ReversibleStack(Good, num_layers=2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.stack(x).astype(jnp.float32)
+
+
+class WrongInFloat32(Good):
+    def __call__(self, x):
+        return double(jnp.tanh(self.linear(x)).astype(jnp.float32)).astype(x.dtype)
+
+
+def test_a_cast_to_float32_is_no_fault_and_hides_none():
+    report = revjax.check(revjax.ReversibleStack(InFloat32, num_layers=3, rngs=nnx.Rngs(0)), X)
+    assert report.ok and report.difference_error is not None and report.difference_error > 1e-6
+    assert ["no more precise than float32 (InFloat32: cast" in note for note in report.notes] == [True]
+    report = revjax.check(CastsAtTheEnd(), X)
+    assert report.ok and ["float32 (the model's output: cast" in note for note in report.notes] == [True]
+    report = revjax.check(revjax.ReversibleStack(WrongInFloat32, num_layers=3, rngs=nnx.Rngs(0)), X)
+    (fault,) = report.faults
+    assert "differs from finite differences" in fault and "at most 1e-02" in fault
+
+
 def test_a_model_without_a_stack_is_an_error():
     with pytest.raises(TypeError, match="Linear holds none"):
         revjax.check(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), X)

@@ -128,6 +128,8 @@ def test_side_inputs_and_context_go_where_they_are_named():
     context = jnp.ones_like(X)
     gradient = jax.grad(lambda context: stack(X, context=context, scale=jnp.asarray(0.5)).sum())(context)
     assert jnp.abs(gradient).max() > 0
+    with pytest.raises(TypeError, match=r"side input shared\.scale is being differentiated"):
+        jax.grad(lambda scale: stack(X, context=context, scale=scale).sum())(jnp.asarray(0.5))
     with pytest.raises(TypeError, match="No branch of this stack takes sclae.*Branches take: context, key, scale"):
         stack(X, sclae=1.0)
 
@@ -355,6 +357,38 @@ def test_a_coupling_may_be_its_name_and_a_block_must_not_be_made_already():
     assert stack.coupling == revjax.NearResidual(2)
     with pytest.raises(TypeError, match="a function of rngs that makes a block, but got a Convolution that is made"):
         revjax.ReversibleStack(Convolution(nnx.Rngs(0)), num_layers=2, rngs=nnx.Rngs(0))
+
+
+def test_a_module_that_layers_share_is_context_and_not_made_before():
+    """As docs/your-own-model.md says."""
+    shared = nnx.Linear(D, D, rngs=nnx.Rngs(1))
+
+    class Holds(Mixer):
+        def __init__(self, rngs):
+            self.shared = shared
+
+    with pytest.raises(ValueError, match=r"Holds holds parameters that were made before .* \(shared.bias, shared.ker"):
+        revjax.ReversibleStack(Holds, num_layers=2, rngs=nnx.Rngs(0))
+
+    class Reads(nnx.Module):
+        def __init__(self, rngs):
+            self.own = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x, *, context):
+            return self.own[...] * context["shared"](x)
+
+    class Model(nnx.Module):
+        def __init__(self, plan):
+            self.shared = nnx.Linear(D, D, rngs=nnx.Rngs(1))
+            self.stack = revjax.ReversibleStack(Reads, num_layers=3, plan=plan, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.stack(x, context={"shared": self.shared})
+
+    (_, report), gradient = revjax.value_and_grad(lambda m: jnp.mean(m(X) ** 2))(Model("nothing"))
+    (_, _), expected = revjax.value_and_grad(lambda m: jnp.mean(m(X) ** 2))(Model("all"))
+    assert report.canary == 0 and jnp.abs(gradient["shared"]["kernel"][...]).max() > 0
+    jax.tree.map(np.testing.assert_array_equal, gradient, expected)
 
 
 class Around(nnx.Module):
