@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 
 def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate`. The identity where `key` is None or `rate` is 0."""
+    """Zeroes each element with probability `rate`, which may be traced. The identity where `key` is None or it is 0."""
     return _drop(x, rate, key, x.shape)
 
 
 def stochastic_depth(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Zeroes a whole sample (entry of the leading axis) with probability `rate`: its branch is skipped.
 
-    The identity where `key` is None or `rate` is 0. `rate` may be traced, so that it can grow with depth.
+    The identity where `key` is None or `rate` is 0. It may be traced, so that it can grow with depth.
     """
     return _drop(x, rate, key, (x.shape[0], *(1,) * (x.ndim - 1)))
 
