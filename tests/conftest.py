@@ -49,7 +49,7 @@ def pytest_runtest_setup(item):
     """What a program computes, to the bit, is tested as users compile it: these tests are marked `optimized`.
 
     What commands write, print, keep and refuse is not of the compiler. There the programs, which hardly run, are
-    compiled without most optimizations, in half of the time.
+    compiled without most optimizations, in half of the time (and with a tanh that depends on what stands beside it).
     """
     name, without = "jax_disable_most_optimizations", item.get_closest_marker("optimized") is None
     jax.config.update(name, without)

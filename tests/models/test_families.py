@@ -74,12 +74,10 @@ def by_time(names, quick=QUICK):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize(  # others are checked as configs, and how a vision transformer is pooled is not of its stack
-    "name",
-    [
-        pytest.param("vision", marks=pytest.mark.optimized),
-        *by_time(["encoder, post-norm", "encoder, blocks", "encoder-decoder, relative"]),
-    ],
+# Others are checked as configs, and how a vision transformer is pooled is not of its stack.
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    "name", by_time(["encoder, post-norm", "encoder, blocks", "vision", "encoder-decoder, relative"], ["vision"])
 )
 def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_run(name):
     """bf16, with dropout and stochastic depth; also with respect to the context, and to tables that layers share."""

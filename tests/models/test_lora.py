@@ -77,6 +77,7 @@ def test_gradients_are_those_of_the_adapters_alone_by_the_chain_rule():
             np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=1e-5 * float(abs(expected).max()))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("coupling", [pytest.param("near-residual:1", marks=pytest.mark.slow), "bdia:1"])
 def test_a_frozen_stack_is_rebuilt_to_the_bit(coupling):
     config = dataclasses.replace(CONFIG, coupling=coupling, num_layers=6, dropout=0.1)
