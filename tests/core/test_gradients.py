@@ -14,6 +14,8 @@ from revjax.core import Run, reversible_scan
 
 from .problems import COUPLINGS, D, T, make_problem, make_run, objective
 
+pytestmark = pytest.mark.optimized
+
 L = 12
 NAMED = core.Reverse(("increment",))
 
@@ -65,7 +67,6 @@ def test_gradients_equal_those_of_plain_jax(coupling, b, h):
     assert relative(ours, theirs) <= 1e-5
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name",

@@ -10,6 +10,8 @@ from flax import nnx
 import revjax
 from revjax.models import MutatedVariableError, stacks_of
 
+pytestmark = pytest.mark.optimized
+
 D = 16
 X = jax.random.normal(jax.random.key(0), (2, 8, D))
 
@@ -71,7 +73,6 @@ def relative(a, b):
     "compile", [lambda f: f, jax.jit, lambda f: jax.jit(jax.jit(f))], ids=["eager", "jit", "nested"]
 )
 @pytest.mark.parametrize("block", [Convolution, StateSpace])
-@pytest.mark.optimized
 def test_a_block_from_elsewhere_is_exact_however_it_is_compiled(block, compile):
     stack = revjax.ReversibleStack(block, num_layers=6, rngs=nnx.Rngs(0))
     (_, report), grads = compile(lambda stack: revjax.value_and_grad(loss_fn)(stack, X))(stack)
@@ -268,7 +269,6 @@ def test_stacks_are_found_by_path():
     assert {path: a.shape for path, a in report.stacks.items()} == {"first": (2, 3), "second": (3, 3)}
 
 
-@pytest.mark.optimized
 def test_exact_streams_have_no_reconstruction_error_and_float_streams_do():
     x = 10 * jax.random.normal(jax.random.key(3), (2, 8, D))
     stack = revjax.ReversibleStack(Convolution, num_layers=32, rngs=nnx.Rngs(0))
