@@ -214,8 +214,8 @@ class _Pinned:
             return _bind(eqn, args, eqn.params)
         if name == "rsqrt":
             return [transcendental.rsqrt(args[0], self._seal)]
-        of_its_own = name in transcendental.ALWAYS_APART or eqn.outvars[0] in self.in_short_loops
-        if name in transcendental.FUNCTIONS and of_its_own:
+        is_function = name in transcendental.FUNCTIONS
+        if is_function and (name in transcendental.ALWAYS_APART or eqn.outvars[0] in self.in_short_loops):
             return [transcendental.apart(lambda *xs: _bind(eqn, xs, eqn.params)[0], args, self.zero)]
         return _bind(eqn, args, eqn.params)
 
