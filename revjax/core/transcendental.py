@@ -21,9 +21,8 @@ FUNCTIONS = set(
     "pow cbrt exp exp2 expm1 log log1p logistic tanh sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf "
     "erfc erf_inv lgamma digamma".split()
 )
-ALWAYS_APART = {
-    "lgamma"
-}  # many products and sums to XLA, which it merges otherwise in a loop with others, a long one too
+# To XLA these are many products and sums, which it merges otherwise beside others, in a long loop too.
+ALWAYS_APART = {"lgamma"}
 _WIDTH = 16  # elements at once, at most: fp32 in 512 bits
 # No loop goes through these: XLA for CPU fuses nothing with them. (`pin` makes products of sums.)
 _APART = set("dot_general reduce_sum reduce_window_sum conv_general_dilated scan while cond sort".split())

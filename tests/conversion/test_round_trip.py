@@ -63,6 +63,16 @@ def files_of(folder) -> dict[str, np.ndarray]:
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
+def test_a_cap_that_transformers_does_not_apply_is_refused(tmp_path):
+    write(config_of("gemma3_text"), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_logit_softcapping": 50.0}))
+    with pytest.raises(ConfigError, match="attn_logit_softcapping=50.0 is not supported, only None"):
+        open_pretrained(tmp_path / "hf")
+    with pytest.raises(ConfigError, match="No family of transformers has this architecture"):
+        stock.stock_config(config_of("gemma3_text", attention_softcap=50.0))
+
+
 @pytest.mark.parametrize("granularity", ["branch", "block"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):

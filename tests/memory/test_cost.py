@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from revjax.benchmarking.memory import step_temp_bytes
-from revjax.memory import step_cost
+from revjax.memory import options_to_measure, step_cost
 from revjax.models import DecoderConfig
 
 CONFIG = DecoderConfig(num_layers=6, d_model=192, num_heads=6, loss_tile=256)
@@ -19,6 +20,15 @@ def test_counted_bytes_are_near_those_of_the_compiled_step(plan, dtype):
     compiled, size = step_temp_bytes(config, 2, 1024, plan)
     cost = step_cost(config, 2, 1024, plan=plan, num_params=size, state_bytes=0)
     assert 0.9 * compiled < cost.bytes < 1.1 * compiled
+
+
+@pytest.mark.optimized
+def test_a_program_that_is_only_measured_has_the_bytes_of_the_one_that_is_run():
+    a, b = jnp.ones((64, 256)), jnp.ones((256, 256))
+    f = jax.jit(jax.grad(lambda b, a: jnp.sum(jax.lax.scan(lambda a, _: (jnp.tanh(a @ b), None), a, None, 8)[0])))
+    backend = jax.default_backend()
+    found = [f.lower(b, a).compile(options).memory_analysis() for options in ({}, options_to_measure(backend))]
+    assert found[0].temp_size_in_bytes == found[1].temp_size_in_bytes > 8 * a.nbytes
 
 
 WIDE = dataclasses.replace(CONFIG, d_ff=2048)

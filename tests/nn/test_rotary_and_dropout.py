@@ -75,6 +75,7 @@ def test_dropout_keeps_the_mean_and_repeats_with_its_key():
     x = jnp.ones((100, 100), jnp.bfloat16)
     y = dropout(x, 0.25, jax.random.key(0))
     np.testing.assert_array_equal(y, dropout(x, 0.25, jax.random.key(0)))
+    np.testing.assert_array_equal(y, jax.jit(lambda rate: dropout(x, rate, jax.random.key(0)))(0.25))  # traced
     assert y.dtype == x.dtype and abs(float(jnp.mean(y == 0)) - 0.25) < 0.02
     assert abs(float(jnp.mean(y.astype(jnp.float32))) - 1) < 0.02
 

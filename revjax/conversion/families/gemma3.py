@@ -14,6 +14,7 @@ from .qwen3 import QK_NORMS
 
 
 def _read(fields: Fields) -> dict[str, Any]:
+    fields.only("attn_logit_softcapping", None)  # transformers takes it, and computes without
     common = read_gemma(fields, (None, None)) | {"qk_norm": True}
     pattern = fields.take("sliding_window_pattern", int, 6)
     default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(common["num_layers"])]
