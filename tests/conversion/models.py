@@ -1,84 +1,99 @@
-"""Tiny random models of transformers, one for each architecture and option that revjax reads."""
+"""Tiny random models of transformers, of each architecture that revjax reads, its options crossed in pairs."""
 
 import pathlib
 from typing import Any
 
+import numpy as np
 import tokenizers
+from allpairspy import AllPairs
 
 VOCAB_SIZE, LAYERS = 101, 3
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-LONGROPE = {
-    "rope_type": "longrope",
-    "factor": 4.0,
-    "original_max_position_embeddings": 256,
-    "short_factor": [1.0, 1.1, 1.3, 2.0],
-    "long_factor": [1.0, 2.0, 4.0, 9.0],
-}
 PATTERN = ["sliding_attention", "full_attention", "sliding_attention"]
+Axes = list[dict[str, dict[str, Any]]]  # what can be turned: each by the name of its setting, "" for the usual one
 
-# class of the config: its options, beside `sizes`
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {}),
-    "gpt2, untied, wide, exact gelu": ("GPT2", dict(tie_word_embeddings=False, n_inner=80, activation_function="gelu")),
-    "llama": ("Llama", {}),
-    "llama, tied, biases": ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
-    "llama, kv heads, wide heads": ("Llama", dict(num_key_value_heads=1, head_dim=16)),
-    "llama, linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})),
-    "llama, dynamic": (
+
+def crossed(family: str, axes: Axes) -> dict[str, dict[str, Any]]:
+    """Options by name, so that any two settings of different axes meet; the first has all the usual ones."""
+    rows = AllPairs([list(axis) for axis in axes]) if len(axes) > 1 else [[setting] for setting in axes[0]]
+    cases = {}
+    for row in rows:
+        options = {k: v for axis, setting in zip(axes, row, strict=True) for k, v in axis[setting].items()}
+        cases[", ".join([family, *filter(None, row)])] = options
+    return cases
+
+
+def _rope(**parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 1e4} | parameters}
+
+
+HEADS: dict[str, dict[str, Any]] = {"": {}} | {f"{n} kv heads": {"num_key_value_heads": n} for n in (2, 1)}
+WIDTHS: dict[str, dict[str, Any]] = {"": {"head_dim": 8}, "wide heads": {"head_dim": 16}}
+TIED: dict[str, dict[str, Any]] = {name: {"tie_word_embeddings": bool(name)} for name in ("", "tied")}
+UNTIED: dict[str, dict[str, Any]] = {name: {"tie_word_embeddings": not name} for name in ("", "untied")}
+BIASES: dict[str, dict[str, Any]] = {name: {"attention_bias": bool(name)} for name in ("", "biases")}
+SCALE: dict[str, dict[str, Any]] = {"": {}, "scale": {"query_pre_attn_scalar": 24}}
+LAYERS_PATTERN: dict[str, dict[str, Any]] = {"": {}, "pattern": {"layer_types": PATTERN}}
+QWEN_WINDOWS: dict[str, dict[str, Any]] = {
+    "": {"use_sliding_window": False},
+    "windows": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+    "pattern of windows": {"use_sliding_window": True, "sliding_window": 64, "layer_types": PATTERN},
+}
+ROPES: dict[str, dict[str, Any]] = {
+    "": {},
+    "linear": _rope(rope_type="linear", factor=4.0, rope_theta=5e5),
+    "dynamic": _rope(rope_type="dynamic", factor=4.0) | {"max_position_embeddings": 256},
+    "llama3": _rope(**LLAMA3, rope_theta=5e5, original_max_position_embeddings=128),
+    "yarn": _rope(**YARN),
+    "yarn by mscale": _rope(**YARN, mscale=0.7, mscale_all_dim=1.0, truncate=False),
+    "longrope": _rope(rope_type="longrope", factor=4.0, original_max_position_embeddings=256),
+}
+GEMMA3_ROPES: dict[str, dict[str, Any]] = {
+    "": {},
+    "linear": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+}
+FAMILIES: dict[str, tuple[str, Axes, dict[str, Any]]] = {  # class of the config, what can be turned, what cannot
+    "gpt2": (
+        "GPT2",
+        [UNTIED, {"": {}, "wide": {"n_inner": 80}}]
+        + [{"": {}, "exact gelu": {"activation_function": "gelu"}, "relu": {"activation_function": "relu"}}],
+        {},
+    ),
+    "llama": (
         "Llama",
-        dict(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, max_position_embeddings=256),
+        [HEADS, WIDTHS, TIED, BIASES, {"": {}, "biases of the MLP": {"mlp_bias": True}}, ROPES],
+        {},
     ),
-    "llama, llama3": (
-        "Llama",
-        dict(rope_parameters=LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 128}),
+    "mistral": (
+        "Mistral",
+        [HEADS, WIDTHS, TIED, {"": {}, "window": {"sliding_window": 100}}, ROPES],
+        {"sliding_window": None},
     ),
-    "llama, yarn": ("Llama", dict(rope_parameters=YARN | {"rope_theta": 1e4})),
-    "llama, yarn by mscale": (
-        "Llama",
-        dict(rope_parameters=YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False}),
-    ),
-    "llama, longrope": ("Llama", dict(rope_parameters=LONGROPE | {"rope_theta": 1e4})),
-    "mistral": ("Mistral", dict(sliding_window=None)),
-    "mistral, window": ("Mistral", dict(sliding_window=100, num_key_value_heads=2)),
-    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2, windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=1)),
-    "qwen3": ("Qwen3", dict(head_dim=16, num_key_value_heads=2)),
-    "qwen3, biases, windows": (
-        "Qwen3",
-        dict(
-            head_dim=8,
-            attention_bias=True,
-            use_sliding_window=True,
-            sliding_window=64,
-            layer_types=PATTERN,
-        ),
-    ),
-    "gemma2": ("Gemma2", dict(head_dim=16, num_key_value_heads=2, sliding_window=100, query_pre_attn_scalar=24)),
-    "gemma2, no caps": (
+    "qwen2": ("Qwen2", [HEADS, TIED, QWEN_WINDOWS, ROPES], {}),
+    "qwen3": ("Qwen3", [HEADS, WIDTHS, TIED, BIASES, QWEN_WINDOWS, ROPES], {}),
+    "gemma2": (
         "Gemma2",
-        dict(
-            head_dim=8,
-            sliding_window=100,
-            attn_logit_softcapping=None,
-            final_logit_softcapping=None,
-            attention_bias=True,
-        ),
+        [HEADS, WIDTHS, UNTIED, BIASES, SCALE, LAYERS_PATTERN]
+        + [{"": {}, "no cap of scores": {"attn_logit_softcapping": None}}]
+        + [{"": {}, "no cap of logits": {"final_logit_softcapping": None}}],
+        {"sliding_window": 100},
     ),
-    "gemma3": ("Gemma3Text", dict(head_dim=16, num_key_value_heads=1, sliding_window=100)),
-    "gemma3, scaled, pattern": (
+    "gemma3": (
         "Gemma3Text",
-        dict(
-            head_dim=8,
-            sliding_window=100,
-            layer_types=PATTERN,
-            tie_word_embeddings=False,
-            rope_parameters={
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        ),
+        [HEADS, WIDTHS, UNTIED, BIASES, SCALE, LAYERS_PATTERN, GEMMA3_ROPES],
+        {"sliding_window": 100},
     ),
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (kind, fixed | options)
+    for family, (kind, axes, fixed) in FAMILIES.items()
+    for name, options in crossed(family, axes).items()
 }
 LM_CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
 
@@ -93,6 +108,10 @@ def make_hf(name: str, seed: int = 0, **sizes: Any) -> Any:
     names = ("n_embd", "n_layer", "n_head") if is_gpt2 else ("hidden_size", "num_hidden_layers", "num_attention_heads")
     own = {} if is_gpt2 else {"num_key_value_heads": 4, "intermediate_size": 64, "max_position_embeddings": 1024}
     given = {"vocab_size": VOCAB_SIZE, **dict(zip(names, (32, LAYERS, 4), strict=True)), **own, **options, **sizes}
+    if (rope := given.get("rope_parameters", {})).get("rope_type") == "longrope":  # factors for each pair of a head
+        pairs = given.get("head_dim", 8) // 2
+        short, long = np.linspace(1, 2, pairs), np.linspace(1, 9, pairs)
+        given["rope_parameters"] = rope | {"short_factor": short.tolist(), "long_factor": long.tolist()}
     config = getattr(transformers, f"{kind}Config")(**given, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)

@@ -1,7 +1,5 @@
 """A converted model computes what the one of transformers computes, and goes out again as it came in."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from safetensors.numpy import load_file
 from revjax.experiment import FromHFConfig, ToHFConfig, from_hf, load_run, to_hf
 from revjax.generation import generate
 
-from .models import CASES, VOCAB_SIZE, make_hf, save_hf
+from .models import CASES, FAMILIES, VOCAB_SIZE, make_hf, save_hf
 
 torch = pytest.importorskip("torch", reason="parity is measured against transformers, which needs torch")
 transformers = pytest.importorskip("transformers")
@@ -28,21 +26,14 @@ def logits_of(model, tokens) -> np.ndarray:
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
-def ours(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(load_run(folder).model)(jnp.asarray(tokens)))
-
-
-BASIC = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
-CASES_BY_TIME = [name if name in BASIC else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-
-
-@pytest.mark.parametrize("name", CASES_BY_TIME)
+@pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_logits_and_tensors_are_those_of_transformers(name, tmp_path):
     model = make_hf(name)
     source = save_hf(model, tmp_path / "source")
     from_hf(source, FromHFConfig(output=str(tmp_path / "run"), **PLAIN))
     expected = logits_of(model, tokens())
-    found = ours(tmp_path / "run", tokens())
+    ours = load_run(tmp_path / "run").model
+    found = np.asarray(jax.jit(ours)(jnp.asarray(tokens())))
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
     kind, _ = to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "back"), measure=False))
@@ -56,4 +47,4 @@ def test_logits_and_tensors_are_those_of_transformers(name, tmp_path):
     prompt = tokens(40)
     options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     theirs = again.generate(torch.from_numpy(prompt.astype(np.int64)), **options).numpy()[:, 40:]
-    assert np.array_equal(generate(load_run(tmp_path / "run").model, prompt, max_new_tokens=24, temperature=0), theirs)
+    assert np.array_equal(generate(ours, prompt, max_new_tokens=24, temperature=0), theirs)
