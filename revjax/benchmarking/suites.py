@@ -162,7 +162,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
 
 ABOUT = {
     "exactness": "rows rebuilt wrong after training, for every coupling, beside float streams (about an hour)",
-    "families": "rows rebuilt wrong while pretrained families are tuned, at 24 layers (ten minutes)",
+    "families": "rows rebuilt wrong while pretrained families are tuned, at 24 layers (twenty minutes)",
     "gradients": "gradients against stored activations, for six couplings in two dtypes (ten minutes)",
     "attention": "bytes of blockwise attention at three lengths (a minute)",
     "train-step": "bytes of the whole training step, also with updates in the backward pass (four minutes)",
