@@ -15,6 +15,7 @@ from flax import nnx
 
 from ..core.plan import Plan
 from ..nn import LearnedPositions, Linear
+from ..nn.cross_entropy import checked_weights
 from .branches import layers_of
 from .lora import add_adapters
 from .tower import Tower, both_streams, cast_parameters
@@ -143,13 +144,20 @@ class VisionTransformer(Tower):
         """Returns (sum of cross-entropies in nats, sum of weights, {"accuracy": sum of weights of the right ones}).
 
         Args:
-          labels_B: integers in [0, num_classes).
+          labels_B: integers in [0, num_classes). Any other makes the loss NaN, unless its weight is 0.
           weights_B: None counts every image once; 0 leaves one out.
         """
+        for name, x in (("labels_B", labels_B), ("weights_B", weights_B)):
+            if x is not None and x.shape != images_BHWC.shape[:1]:
+                raise ValueError(
+                    f"{name} must be one number for each image, {images_BHWC.shape[:1]}, but got {x.shape}."
+                )
+        if not jnp.issubdtype(labels_B.dtype, jnp.integer):
+            raise TypeError(f"labels_B must be integers, but got {labels_B.dtype}.")
         logits_BC = self(images_BHWC, key=key)
-        weights_B = jnp.ones(labels_B.shape, jnp.float32) if weights_B is None else weights_B.astype(jnp.float32)
+        weights_B = checked_weights(labels_B, weights_B, self.config.num_classes)
         log_p_BC = jax.nn.log_softmax(logits_BC)
-        losses_B = -jnp.take_along_axis(log_p_BC, labels_B[:, None], axis=1)[:, 0]
+        losses_B = -jnp.take_along_axis(log_p_BC, labels_B[:, None], axis=1, mode="clip")[:, 0]
         if share := self.config.label_smoothing:
             losses_B = (1 - share) * losses_B - share * jnp.mean(log_p_BC, axis=1)
         losses_B = losses_B + z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=1)) if z_loss else losses_B

@@ -37,7 +37,7 @@ def cross_entropy(
     """Returns (sum of weighted losses in nats, sum of weights), both fp32 scalars: their ratio is the mean.
 
     Memory grows with tile_tokens * V and with the sizes of `hidden` and `kernel`, not with T * V. Without
-    differentiation no gradient work is done. A target outside [0, V) must have weight 0.
+    differentiation no gradient work is done. A target outside [0, V) whose weight is not 0 makes both NaN.
 
     Args:
       weights_BT: None counts every token once.
@@ -48,9 +48,19 @@ def cross_entropy(
       dtype: of the matmul operands, forward and backward; sums are fp32.
     """
     _check(hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT, tile_tokens)
-    weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
+    weights_BT = checked_weights(targets_BT, weights_BT, kernel_DV.shape[1])
     spec = _Spec(max(1, tile_tokens // targets_BT.shape[0]), float(z_loss), softcap, jnp.dtype(dtype))
     return _loss_sum(spec, hidden_BTD, kernel_DV, bias_V, targets_BT, weights_BT), jnp.sum(weights_BT)
+
+
+def checked_weights(targets: jax.Array, weights: jax.Array | None, num_classes: int) -> jax.Array:
+    """Weights in fp32 (None counts each target once): NaN where a target that counts is none of the classes.
+
+    A traced target cannot be refused, and -100 or the number of a larger vocabulary would be learned from in silence.
+    """
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+    is_class = (targets >= 0) & (targets < num_classes)
+    return jnp.where(is_class | (weights == 0), weights, jnp.nan)
 
 
 class _Spec(NamedTuple):

@@ -51,4 +51,5 @@ class LearnedPositions(nnx.Module):
 
 
 def _rows(table, indices):
-    return table.at[indices].get(mode="fill", fill_value=jnp.nan)
+    """NaN where there is no such row (and none is counted from the end), so that `unsafe` says so."""
+    return table.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

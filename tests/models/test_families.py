@@ -248,6 +248,20 @@ def test_what_is_no_image_of_the_model_is_refused(images, error, message):
         make(CONFIGS["vision"])(images)
 
 
+def test_labels_that_are_none_are_refused_or_make_the_loss_no_number():
+    model, images = make(CONFIGS["vision"]), jnp.zeros((2, 8, 8, 3))
+    loss = lambda *labels: model.loss(images, *map(jnp.asarray, labels))[0]
+    assert jnp.isnan(loss([0, model.config.num_classes])) and jnp.isnan(loss([-1, 0]))
+    assert loss([3, -1], [1, 0]) == loss([3, 1], [1, 0])
+    for labels, error, message in [
+        (([0, 1, 2],), ValueError, r"labels_B must be one number for each image, \(2,\), but got \(3,\)"),
+        (([0, 1], [1.0]), ValueError, r"weights_B must be one number for each image"),
+        (([0.0, 1.0],), TypeError, "labels_B must be integers, but got float32"),
+    ]:
+        with pytest.raises(error, match=message):
+            loss(*labels)
+
+
 # Encoder-decoder
 
 

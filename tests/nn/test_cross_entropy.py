@@ -40,6 +40,14 @@ def test_loss_and_gradients_are_those_of_the_full_logits(tile_tokens, z_loss, so
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
 
 
+@pytest.mark.parametrize("outside", [-100, -1, V])
+def test_a_target_outside_the_vocabulary_counts_nothing_or_is_no_number(outside):
+    x, kernel, targets, weights = inputs()
+    wrong, ignored = targets.at[1, 4].set(outside), weights.at[1, 4].set(0)
+    assert all(jnp.isnan(total) for total in cross_entropy(x, kernel, wrong))
+    assert cross_entropy(x, kernel, wrong, ignored) == cross_entropy(x, kernel, targets, ignored)
+
+
 @pytest.mark.parametrize("tile_tokens", [12, 1000])
 def test_a_bias_is_added_to_the_logits_and_has_a_gradient(tile_tokens):
     x, kernel, targets, weights = inputs()

@@ -119,8 +119,8 @@ def test_a_tied_head_is_the_transposed_table():
 
 
 def test_tokens_and_positions_beyond_the_table_give_nan():
-    assert np.all(np.isnan(Embedding(11, 8, rngs=nnx.Rngs(0)).encode(jnp.array([[11]]))))
-    assert np.all(np.isnan(LearnedPositions(4, 8, rngs=nnx.Rngs(0))(jnp.array([[4]]))))
+    assert np.all(np.isnan(Embedding(11, 8, rngs=nnx.Rngs(0)).encode(jnp.array([[11, -1, -100]]))))
+    assert np.all(np.isnan(LearnedPositions(4, 8, rngs=nnx.Rngs(0))(jnp.array([[4, -1]]))))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
