@@ -267,6 +267,7 @@ def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):
     out = capsys.readouterr().out
     assert "every stream rebuilt to the bit" in out and "problems     none found" in out
     assert all(name in out for name in ("jaxlib", "cpu:0", "cores", "xla: ", "; at most 4,295 MB", "may be deleted"))
+    assert re.search(r"\nproducts     [\d,]+ GFLOP/s in bfloat16, [\d,]+ GFLOP/s in float32", out)
     assert _extra("no-such-package", "data") == "no-such-package is not there: pip install -e '.[data]'"
     flags = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     assert [problem.split(" ")[0] for problem in known_problems(flags)] == [*flags]

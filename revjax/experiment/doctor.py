@@ -1,14 +1,17 @@
 """What revjax finds on this machine: for whoever sets it up, or reports a problem."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..config import users_cache
 from ..memory import peak_flops
@@ -36,6 +39,7 @@ def doctor() -> tuple[str, list[str]]:
         "extras": "\n".join(_extra(name, extra) for name, extra in OPTIONAL.items()),
         "machine": f"{platform.platform()}, {_cores()} cores, {_memory()}",
         "devices": "\n".join(map(_device, jax.local_devices())),
+        "products": _products(),
         "caches": f"{_folder(users_cache('xla'))}; at most {MAX_BYTES / 1e6:,.0f} MB\n"
         f"{_folder(users_cache('tokens'))}\n(either folder may be deleted: what is in it is made again)",
         "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here, {_free(users_cache('')):.0f} GB for the caches",
@@ -101,6 +105,26 @@ def _device(device: Any) -> str:
     peak = peak_flops(device.device_kind, "bfloat16")
     memory = f", {limit / 1e9:.0f} GB for jax" if limit else ""
     return f"{device} ({device.device_kind}){memory}" + (f", {peak / 1e12:.0f} TFLOP/s in bf16" if peak else "")
+
+
+def _products() -> str:
+    """How fast matrices are multiplied: a CPU without instructions for bf16 is slower in it than in fp32."""
+    speed = {dtype: _product_flops(dtype) for dtype in ("bfloat16", "float32")}
+    text = ", ".join(f"{flops / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, flops in speed.items())
+    return text + (": --model.dtype=float32 is faster here" if speed["float32"] > 1.2 * speed["bfloat16"] else "")
+
+
+def _product_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations a second, in the fastest of a few products."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
+    jax.block_until_ready(product(a, a))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def _folder(path: pathlib.Path) -> str:
