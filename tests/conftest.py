@@ -15,6 +15,7 @@ import tempfile
 
 import jax
 import pytest
+from jax._src import compiler
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has those of the process that started it
     caches = os.environ.get("REVJAX_TEST_CACHES")  # a folder that several sessions share
@@ -30,6 +31,9 @@ for name, value in {
 }.items():
     os.environ[name.upper()] = str(value)  # of processes that tests start
     jax.config.update(name, value)
+OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace(OLDER_EMITTERS, "").strip()
+os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {OLDER_EMITTERS}".strip()
 os.environ["REVJAX__MESH__DATA"] = "1"  # of commands: a run is on one device where nothing is said of more
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.default_backend() == "gpu":
@@ -44,16 +48,28 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 20)
 
 
+def _compile_options(*args, env_options_overrides=None, **kwargs):
+    if OLDER_EMITTERS and OLDER_EMITTERS not in os.environ["XLA_FLAGS"]:  # in an optimized test
+        env_options_overrides = {"xla_cpu_use_fusion_emitters": True} | (env_options_overrides or {})
+    return _get_compile_options(*args, env_options_overrides=env_options_overrides, **kwargs)
+
+
+# XLA_FLAGS are of a process, and jax has no other way to give an option to every program of some tests.
+_get_compile_options, compiler.get_compile_options = compiler.get_compile_options, _compile_options
+
+
 @pytest.hookimpl(tryfirst=True)  # before fixtures, also those of a module
 def pytest_runtest_setup(item):
     """What a program computes, to the bit, is tested as users compile it: these tests are marked `optimized`.
 
     What commands write, print, keep and refuse is not of the compiler. There the programs, which hardly run, are
-    compiled without most optimizations, in half of the time (and with a tanh that depends on what stands beside it).
+    compiled without most optimizations (and with a tanh that depends on what stands beside it), and, where there are
+    two kinds of makers of machine code, by the older ones: in half, and with these in a quarter of the time.
     """
     name, without = "jax_disable_most_optimizations", item.get_closest_marker("optimized") is None
     jax.config.update(name, without)
     os.environ[name.upper()] = str(without)  # of processes that tests start
+    os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {OLDER_EMITTERS}".strip() if without else XLA_FLAGS
 
 
 @pytest.fixture(autouse=True)

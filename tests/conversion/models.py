@@ -1,4 +1,7 @@
-"""Tiny random models of transformers, of each architecture that revjax reads, its options crossed in pairs."""
+"""Tiny random models: of transformers, of each architecture that revjax reads, its options crossed in pairs.
+
+And checkpoints that `write_random` makes without transformers.
+"""
 
 import pathlib
 from typing import Any
@@ -6,6 +9,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 from allpairspy import AllPairs
+
+from revjax.conversion import parameter_shapes, write_pretrained
+from revjax.models import ModelConfig, VisionConfig
 
 VOCAB_SIZE, LAYERS = 101, 3
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -126,6 +132,21 @@ def save_hf(model: Any, folder: pathlib.Path, **options: Any) -> pathlib.Path:
     """Saves it with a tokenizer of its own."""
     model.save_pretrained(folder, **options)
     return save_tokenizer(folder)
+
+
+def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return {n: draw.normal(0, 0.1, shape).astype(dtype) for n, (shape, dtype) in parameter_shapes(config).items()}
+
+
+def write_random(config: ModelConfig, folder: pathlib.Path, **options: Any) -> dict[str, np.ndarray]:
+    """Writes a checkpoint of the stock architecture of `config`, of random parameters; returns these."""
+    params = random_parameters(config)
+    folder.mkdir()
+    write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], folder, **options)
+    if not isinstance(config, VisionConfig):
+        save_tokenizer(folder)
+    return params
 
 
 def save_tokenizer(folder: pathlib.Path) -> pathlib.Path:

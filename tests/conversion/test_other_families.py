@@ -14,14 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 from revjax import cli
 from revjax.config import load
-from revjax.conversion import copy_parameters, open_pretrained, parameter_shapes, write_pretrained
+from revjax.conversion import copy_parameters, open_pretrained, write_pretrained
 from revjax.errors import ConfigError, RevjaxError
 from revjax.experiment import FromHFConfig, RunConfig, from_hf
 from revjax.experiment.trained import read_file
 from revjax.models import EncoderConfig, EncoderDecoderConfig, VisionConfig, make_model
 from revjax.training import split_abstract
 
-from .models import UNTIED, Axes, crossed, save_tokenizer
+from .models import UNTIED, Axes, crossed, write_random
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 BERT = SIZES | dict(vocab_size=101, max_position_embeddings=640)
@@ -187,19 +187,9 @@ def test_outputs_and_tensors_are_those_of_transformers(name, tmp_path):
 ARCHITECTURES = {"bert": "BertForMaskedLM", "vit": "ViTForImageClassification", "t5": "T5ForConditionalGeneration"}
 
 
-def write(family: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """A checkpoint of random parameters; returns these."""
-    draw = np.random.default_rng(0)
-    shapes = parameter_shapes(SHAPES[family])
-    params = {name: draw.normal(0, 0.1, shape).astype(dtype) for name, (shape, dtype) in shapes.items()}
-    folder.mkdir()
-    write_pretrained(SHAPES[family], lambda name, i: params[name] if i is None else params[name][i], folder)
-    return params
-
-
 @pytest.mark.parametrize("family", SHAPES)
 def test_parameters_come_back_to_the_bit_without_transformers(family, tmp_path):
-    params = write(family, tmp_path / "hf")
+    params = write_random(SHAPES[family], tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
     found = open_pretrained(tmp_path / "hf")
     copy_parameters(found, SHAPES[family], tmp_path / "ours.safetensors", {})
@@ -209,7 +199,7 @@ def test_parameters_come_back_to_the_bit_without_transformers(family, tmp_path):
 
 def test_old_names_and_the_other_heads_of_bert(tmp_path):
     """bert-base-uncased has gamma and beta, a pooler, a head for the next sentence, and its tied head twice."""
-    params = write("bert", tmp_path / "hf")
+    params = write_random(SHAPES["bert"], tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     tensors = {old(name): x for name, x in load_file(path).items()}
@@ -231,14 +221,13 @@ def test_old_names_and_the_other_heads_of_bert(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 def test_a_run_comes_from_a_checkpoint_is_tuned_exactly_and_goes_out_as_the_stock_network(family, tmp_path, capsys):
-    write(family, tmp_path / "hf")
+    write_random(SHAPES[family], tmp_path / "hf")
     settings = ["--training.steps=3", "--training.eval_every=3", "--training.eval_batches=1", "--data.batch_size=4"]
     if family == "vit":
         pytest.importorskip("sklearn", reason="digits come with scikit-learn")
         scale = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
         (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(scale))
     else:
-        save_tokenizer(tmp_path / "hf")
         (tmp_path / "text.txt").write_text("\n\n".join(f"w{i % 90} w{i % 7} w{i % 50}" for i in range(1, 5000)))
         settings += [f"--data.source={tmp_path / 'text.txt'}", f"--data.cache={tmp_path / 'tokens'}"]
         settings += ["--data.sequence_length=32"]
@@ -267,10 +256,7 @@ def test_a_run_comes_from_a_checkpoint_is_tuned_exactly_and_goes_out_as_the_stoc
 
 def test_a_checkpoint_without_a_head_is_no_run(tmp_path):
     config = dataclasses.replace(SHAPES["bert"], head=False, pooler=True)
-    draw = np.random.default_rng(0)
-    params = {n: draw.normal(0, 0.1, shape).astype(dtype) for n, (shape, dtype) in parameter_shapes(config).items()}
-    (tmp_path / "hf").mkdir()
-    write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], tmp_path / "hf")
+    write_random(config, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["BertModel"]
     found = open_pretrained(tmp_path / "hf").config
     assert isinstance(found, EncoderConfig) and not found.head and found.pooler
@@ -280,7 +266,7 @@ def test_a_checkpoint_without_a_head_is_no_run(tmp_path):
 
 
 def test_a_checkpoint_of_another_family_or_with_values_of_none_is_refused(tmp_path):
-    write("vit", tmp_path / "hf")
+    write_random(SHAPES["vit"], tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     theirs = json.loads(path.read_text())
     for change, message in [

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import revjax.conversion.stock as stock
 from revjax import cli
 from revjax.config import load
-from revjax.conversion import FAMILIES, TensorFiles, open_pretrained, parameter_shapes, write_pretrained
+from revjax.conversion import FAMILIES, TensorFiles, open_pretrained, write_pretrained
 from revjax.errors import CheckpointError, ConfigError
 from revjax.experiment import FromHFConfig, RunConfig, ToHFConfig, from_hf, load_run, to_hf
 from revjax.experiment.fidelity import Distance, Fidelity
@@ -25,7 +25,7 @@ from revjax.models import Decoder, DecoderConfig
 from revjax.nn import RopeScaling
 from revjax.training import read_metrics
 
-from .models import save_tokenizer
+from .models import random_parameters, save_tokenizer, write_random
 
 SIZES = dict(vocab_size=101, d_model=32, num_layers=5, num_heads=4, d_ff=64)
 GEMMA = dict(norm_offset=1.0, post_norm=True, embedding_scale=math.sqrt(32), activation="gelu", window=8, head_dim=16)
@@ -45,26 +45,12 @@ def config_of(family: str, **more) -> DecoderConfig:
     return DecoderConfig(**{"coupling": "near-residual:1"} | SIZES | SHAPES[family] | more)
 
 
-def random_parameters(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return {n: draw.normal(0, 0.1, shape).astype(dtype) for n, (shape, dtype) in parameter_shapes(config).items()}
-
-
-def write(config: DecoderConfig, folder, **options) -> dict[str, np.ndarray]:
-    """A checkpoint of random parameters, with a tokenizer; returns these."""
-    params = random_parameters(config)
-    folder.mkdir()
-    write_pretrained(config, lambda name, i: params[name] if i is None else params[name][i], folder, **options)
-    save_tokenizer(folder)
-    return params
-
-
 def files_of(folder) -> dict[str, np.ndarray]:
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
 def test_a_cap_that_transformers_does_not_apply_is_refused(tmp_path):
-    write(config_of("gemma3_text"), tmp_path / "hf")
+    write_random(config_of("gemma3_text"), tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_logit_softcapping": 50.0}))
     with pytest.raises(ConfigError, match="attn_logit_softcapping=50.0 is not supported, only None"):
@@ -77,7 +63,7 @@ def test_a_cap_that_transformers_does_not_apply_is_refused(tmp_path):
 @pytest.mark.parametrize("family", SHAPES)
 def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
     config = config_of(family, granularity=granularity)
-    params = write(config, tmp_path / "hf")
+    params = write_random(config, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
     found = open_pretrained(tmp_path / "hf")
     assert found.family is FAMILIES[family]
@@ -98,7 +84,7 @@ def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_and_several_files(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "_LARGEST_FILE", 20_000)
-    write(config_of("gpt2"), tmp_path / "hf", dtype=dtype)
+    write_random(config_of("gpt2"), tmp_path / "hf", dtype=dtype)
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     before = files_of(tmp_path / "hf")
@@ -111,7 +97,7 @@ def test_half_precision_and_several_files(dtype, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_without_a_head_has_no_prefix(tmp_path):
-    params = write(config_of("gpt2"), tmp_path / "hf")
+    params = write_random(config_of("gpt2"), tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     tensors = {name.removeprefix("transformer."): x for name, x in load_file(path).items()}
     masks = {"h.0.attn.bias": np.ones((1, 1, 64, 64), bool), "h.0.attn.masked_bias": np.float32(-1e4)[None]}
@@ -124,7 +110,7 @@ def test_a_checkpoint_without_a_head_has_no_prefix(tmp_path):
 @pytest.mark.slow
 def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"w{i % 90} w{i % 7} w{i % 50}" for i in range(1, 5000)))
-    write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
+    write_random(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
     (tmp_path / "hf" / "generation_config.json").write_text("{}")
     assert cli.main(["convert", "from-hf", str(tmp_path / "hf"), f"--output={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
@@ -166,7 +152,7 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
 
 
 def test_another_dtype_can_go_out_than_came_in(tmp_path):
-    write(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
+    write_random(config_of("llama"), tmp_path / "hf", dtype="bfloat16")
     from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), measure=False))
     to_hf(tmp_path / "run", ToHFConfig(output=str(tmp_path / "out"), dtype="float32", measure=False))
     before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "out")
