@@ -302,26 +302,10 @@ def test_check_tells_by_its_exit_code(capsys, monkeypatch, faults, code):
     assert capsys.readouterr().out.strip() == str(report).strip()
 
 
-def models_of_configs() -> dict[str, list[str]]:
-    """What `check` is called with for each shipped config whose model, made small, no other has."""
-    sizes = {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 128, "vocab_size": 260}
-    found, models = {}, []
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        model = load(experiment.RunConfig, path, environ={}).model
-        small = [f"--model.{name}={size}" for name, size in sizes.items() if hasattr(model, name)]
-        model = load(experiment.RunConfig, path, small, environ={}).model
-        if model not in models:
-            models.append(model)
-            found[path.stem] = [str(path), *small]
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("words", models_of_configs().values(), ids=models_of_configs())
-def test_the_model_of_every_config_passes_its_check(capsys, words):
-    """Narrow and shallow: a billion parameters do not fit a test."""
-    assert cli.main(["check", *words]) == 0
+def test_a_shipped_model_passes_its_check(capsys):
+    assert cli.main(["check", TINY]) == 0
     said = capsys.readouterr()
     assert "verdict: exact; safe to train" in said.out and "check 4 of 4" in said.err
 

@@ -109,6 +109,7 @@ def make_hf(name: str, seed: int = 0, **sizes: Any) -> Any:
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # beside another process, more of them wait for each other
     kind, options = CASES[name]
     is_gpt2 = kind == "GPT2"
     names = ("n_embd", "n_layer", "n_head") if is_gpt2 else ("hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -14,6 +14,11 @@ from .models import CASES, FAMILIES, VOCAB_SIZE, make_hf, save_hf
 torch = pytest.importorskip("torch", reason="parity is measured against transformers, which needs torch")
 transformers = pytest.importorskip("transformers")
 
+WITH_TEXT: list[str] = []  # by family, cases that have each setting once: to generate compiles two programs more
+for case in CASES:
+    settings = lambda name: {(name.split(", ")[0], setting) for setting in name.split(", ")[1:]}
+    if not settings(case) or settings(case) - set().union(*map(settings, WITH_TEXT)):
+        WITH_TEXT.append(case)
 PLAIN = dict(coupling="residual", dtype="float32", exact=False, measure=False)
 
 
@@ -43,8 +48,9 @@ def test_logits_and_tensors_are_those_of_transformers(name, tmp_path):
     for tensor, values in before.items():
         assert values.dtype == after[tensor].dtype and values.tobytes() == after[tensor].tobytes(), tensor
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
-    assert np.array_equal(logits_of(again, tokens(40)), logits_of(model, tokens(40)))
-    prompt = tokens(40)
-    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-    theirs = again.generate(torch.from_numpy(prompt.astype(np.int64)), **options).numpy()[:, 40:]
-    assert np.array_equal(generate(ours, prompt, max_new_tokens=24, temperature=0), theirs)
+    assert np.array_equal(logits_of(again, tokens()), expected)
+    if name in WITH_TEXT:
+        prompt = tokens(40)
+        options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+        theirs = again.generate(torch.from_numpy(prompt.astype(np.int64)), **options).numpy()[:, 40:]
+        assert np.array_equal(generate(ours, prompt, max_new_tokens=24, temperature=0), theirs)
