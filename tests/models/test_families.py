@@ -99,12 +99,12 @@ def test_every_family_is_rebuilt_to_the_bit_and_has_the_gradients_of_the_stored_
 def test_the_rival_of_each_family_is_the_ordinary_network(name):
     config = dataclasses.replace(CONFIGS[name], coupling="residual", exact=False)
     model = make(config)
-    expected, gradient = jax.value_and_grad(loss_on_batch(config))(model)
+    expected, gradient = jax.jit(jax.value_and_grad(loss_on_batch(config)))(model)
 
     def rival(model):
         return loss_on_batch(config)(as_residual(nnx.merge(*nnx.split(model)), "checkpoint"))
 
-    value, of_rival = jax.value_and_grad(rival)(model)
+    value, of_rival = jax.jit(jax.value_and_grad(rival))(model)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     jax.tree.map(close, nnx.state(of_rival, nnx.Param), nnx.state(gradient, nnx.Param))
