@@ -19,7 +19,7 @@ from revjax.cli.terminal import shown, visible
 from revjax.config import load
 from revjax.data import FileTokenizer
 from revjax.experiment.doctor import _extra, known_problems
-from revjax.models import CheckReport
+from revjax.models import CheckReport, Report
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -276,6 +276,13 @@ def test_the_doctor_says_what_is_there_and_what_does_harm(capsys):
     assert ["tanh" in problem for problem in known_problems({})] == [True]
 
 
+def test_the_doctor_tells_by_its_exit_code_that_a_model_is_not_exact(capsys, monkeypatch):
+    monkeypatch.setattr(Report, "describe", lambda report, model: "Layer 3 was not rebuilt.")
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "exact        no: see below" in out and "A small model is not exact here: Layer 3 was not rebuilt." in out
+
+
 def test_a_script_named_like_a_module_of_python_does_not_hide_it():
     code = "import cProfile, profile; assert profile.Profile and cProfile.run"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", check=True)
@@ -304,8 +311,10 @@ def test_check_tells_by_its_exit_code(capsys, monkeypatch, faults, code):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_a_shipped_model_passes_its_check(capsys):
-    assert cli.main(["check", TINY]) == 0
+@pytest.mark.parametrize("name", ["tiny", "digits", "denoise-text"])  # tokens, images, and two texts
+def test_a_shipped_model_passes_its_check(capsys, name):
+    small = ["--model.d_model=32", "--model.num_layers=2", "--model.num_heads=2"]
+    assert cli.main(["check", str(ROOT / "configs" / f"{name}.yaml"), *small]) == 0
     said = capsys.readouterr()
     assert "verdict: exact; safe to train" in said.out and "check 4 of 4" in said.err
 

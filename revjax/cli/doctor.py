@@ -20,7 +20,7 @@ def doctor(argv: list[str]) -> int:
     if argv:
         raise ConfigError(f"Unexpected {argv[0]!r}. Write: {USAGE}")
     setup()
-    get_logger(__name__).info("looking whether a small model is exact here (seconds)")
+    get_logger(__name__).info("looking whether a small model is exact here (up to half a minute)")
     text, problems = experiment.doctor()
     print(text)
     return 1 if problems else 0

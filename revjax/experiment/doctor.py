@@ -27,7 +27,7 @@ OPTIONAL = {"pyarrow": "data", "zstandard": "data", "tensorboardX": "tensorboard
 def doctor() -> tuple[str, list[str]]:
     """Returns a description of machine and software, and what is wrong with them, each with what to do.
 
-    Runs a small model forward and back (compiled first: seconds) to see that streams are rebuilt to the bit here.
+    Runs a small model forward and back (compiled first, up to half a minute) to see that its streams are rebuilt.
     """
     problems = known_problems(os.environ)
     if wrong := _small_model():

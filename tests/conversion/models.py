@@ -101,6 +101,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     for family, (kind, axes, fixed) in FAMILIES.items()
     for name, options in crossed(family, axes).items()
 }
+
+
+def _with_each_setting() -> list[str]:
+    """Some of `CASES`, in which each setting of a family comes at least once."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for name in CASES:
+        family, *turned = name.split(", ")
+        settings = {(family, setting) for setting in turned}
+        if not turned or settings - seen:
+            found.append(name)
+            seen |= settings
+    return found
+
+
+WITH_EACH_SETTING = _with_each_setting()
 LM_CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
 
 

@@ -9,16 +9,11 @@ from safetensors.numpy import load_file
 from revjax.experiment import FromHFConfig, ToHFConfig, from_hf, load_run, to_hf
 from revjax.generation import generate
 
-from .models import CASES, FAMILIES, VOCAB_SIZE, make_hf, save_hf
+from .models import CASES, FAMILIES, VOCAB_SIZE, WITH_EACH_SETTING, make_hf, save_hf
 
 torch = pytest.importorskip("torch", reason="parity is measured against transformers, which needs torch")
 transformers = pytest.importorskip("transformers")
 
-WITH_TEXT: list[str] = []  # by family, cases that have each setting once: to generate compiles two programs more
-for case in CASES:
-    settings = lambda name: {(name.split(", ")[0], setting) for setting in name.split(", ")[1:]}
-    if not settings(case) or settings(case) - set().union(*map(settings, WITH_TEXT)):
-        WITH_TEXT.append(case)
 PLAIN = dict(coupling="residual", dtype="float32", exact=False, measure=False)
 
 
@@ -29,6 +24,11 @@ def tokens(length: int = 600) -> np.ndarray:
 def logits_of(model, tokens) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
+
+
+def text_of(model, prompt) -> np.ndarray:
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return model.generate(torch.from_numpy(prompt.astype(np.int64)), **options).numpy()[:, prompt.shape[1] :]
 
 
 @pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
@@ -49,8 +49,7 @@ def test_logits_and_tensors_are_those_of_transformers(name, tmp_path):
         assert values.dtype == after[tensor].dtype and values.tobytes() == after[tensor].tobytes(), tensor
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
     assert np.array_equal(logits_of(again, tokens()), expected)
-    if name in WITH_TEXT:
-        prompt = tokens(40)
-        options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-        theirs = again.generate(torch.from_numpy(prompt.astype(np.int64)), **options).numpy()[:, 40:]
-        assert np.array_equal(generate(ours, prompt, max_new_tokens=24, temperature=0), theirs)
+    text = text_of(model, tokens(40))
+    assert np.array_equal(text_of(again, tokens(40)), text)
+    if name in WITH_EACH_SETTING:  # to generate compiles two programs more
+        assert np.array_equal(generate(ours, tokens(40), max_new_tokens=24, temperature=0), text)
