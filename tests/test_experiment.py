@@ -575,6 +575,13 @@ def test_a_config_that_cannot_work_as_a_whole_is_refused(text, tmp_path, setting
         configure(text, tmp_path, *settings)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have memory beside that of the host")
+def test_a_plan_that_would_move_nothing_to_the_host_is_refused(text, tmp_path):
+    with pytest.raises(ConfigError, match="memory.plan 'host:2': The plan 'host' keeps .* a CPU has no other"):
+        experiment.build(configure(text, tmp_path, "--memory.plan=host:2"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_step_that_no_device_holds_is_refused_before_it_is_compiled(text, tmp_path, caplog):
     config = configure(text, tmp_path, "--data.batch_size=10000000", "--data.sequence_length=100000")
     with pytest.raises(ConfigError, match="needs about [0-9,.]+ GB on each device, and .* GB are free"):

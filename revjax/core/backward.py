@@ -14,6 +14,7 @@ import numpy as np
 
 from . import forward
 from .chunks import ChunkedFunction
+from .host import to_device
 from .layers import Layers, by_f
 from .pin import opaque_zero, pinned
 from .plan import All, Inputs, Reverse
@@ -51,7 +52,7 @@ def run(layers: Layers, diff: PyTree, rest: PyTree, kept: list[dict], cotangents
         elif isinstance(plan, Inputs):
             start = kept[i]["start"]
             (dcarry, totals), wrong_of_fns = _recompute_run(
-                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, sink, plan.every
+                layers, i, shared, start, (dcarry, totals), inputs_L, daux_L, sink, plan
             )
         else:
             (dcarry, totals), wrong_of_fns = _read_run(layers, i, shared, (dcarry, totals), inputs_L, daux_L, sink)
@@ -102,12 +103,13 @@ def _read_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, sink: Gra
     return _reverse_scan(layers, layers.fns[i], shared, read, carry, (inputs_L, daux_L), layers.pieces[i].length, sink)
 
 
-def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, sink: Gradients, every: int):
+def _recompute_run(layers: Layers, i: int, shared, start, carry, inputs_L, daux_L, sink: Gradients, plan: Inputs):
     """From each keyframe: `every` layers forward, storing their activations, and back."""
-    fns = layers.replays[i]
+    fns, every = layers.replays[i], plan.every
 
     def segment(carry, segment_inputs):
         streams, inputs_L, daux_L = segment_inputs
+        streams = jax.tree.map(to_device, streams) if plan.host else streams
         current = _current(shared, sink, carry[1])
         again = lambda streams, inputs: forward.period(layers, fns, current, streams, inputs, vjps=True)
         _, outs = jax.lax.scan(again, streams, inputs_L, length=every)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .host import to_host
 from .layers import Layers, by_f, given, of_layer
 from .pin import opaque_zero
 from .plan import All, Inputs, Reverse
@@ -35,7 +36,7 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
         shared = layers.shared_inputs(i, diff, rest, replay=False)
         inputs_L = layers.layer_inputs(i, rest)
         if keep and isinstance(plan, Inputs):
-            streams, outs, start = _run_with_keyframes(layers, i, shared, streams, inputs_L, plan.every)
+            streams, outs, start = _run_with_keyframes(layers, i, shared, streams, inputs_L, plan)
         else:
             layer = functools.partial(period, layers, layers.fns[i], shared, vjps=keep and isinstance(plan, All))
             streams, outs = jax.lax.scan(layer, streams, inputs_L, length=layers.pieces[i].length)
@@ -56,13 +57,13 @@ def run(layers: Layers, diff: PyTree, streams: PyTree, rest: PyTree, *, keep: bo
     return out | {"cache": per_f("cache")}, kept
 
 
-def _run_with_keyframes(layers: Layers, i: int, shared, streams, inputs_L, every: int):
+def _run_with_keyframes(layers: Layers, i: int, shared, streams, inputs_L, plan: Inputs):
     """One piece, as a scan over segments of `every` layers; returns the streams before each segment as well."""
-    layer = functools.partial(period, layers, layers.fns[i], shared, vjps=False)
+    layer, every = functools.partial(period, layers, layers.fns[i], shared, vjps=False), plan.every
 
     def segment(streams, inputs):
         end, outs = jax.lax.scan(layer, streams, inputs, length=every)
-        return end, (streams, outs)
+        return end, (jax.tree.map(to_host, streams) if plan.host else streams, outs)
 
     num_segments = layers.pieces[i].length // every
     streams, (start, outs) = jax.lax.scan(segment, streams, in_segments(inputs_L, every), length=num_segments)

@@ -104,8 +104,10 @@ def pieces_of(keeps: Sequence[Sequence[tuple[int, Keep]]]) -> tuple[Piece, ...]:
     for i, parts in enumerate(keeps):
         start = 0
         for length, keep in parts:
-            rest = length % keep.every if isinstance(keep, Inputs) else 0
-            for n, kept in ((length - rest, keep), (rest, Inputs(max(rest, 1)))):
+            cuts = [(length, keep)]
+            if isinstance(keep, Inputs) and (rest := length % keep.every):
+                cuts = [(length - rest, keep), (rest, dataclasses.replace(keep, every=rest))]
+            for n, kept in cuts:
                 if n:
                     found.append(Piece(i, start, n, kept))
                 start += n

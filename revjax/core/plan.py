@@ -6,6 +6,7 @@
                 `jax.ad_checkpoint.checkpoint_name`; `Reverse(names)` keeps any others
     inputs(k)   keyframes: the streams at every k-th layer are kept, and the k layers between two of
                 them are computed again (k = 1: what `jax.checkpoint` does)
+    host(k)     the same, with the keyframes in the host's memory; not on a CPU, which has no other
     all         store every activation, as differentiation without `jax.checkpoint` does
 
 A plan is a value: one word for all runs, or one for each. A run may have several, each for a part of its layers, first
@@ -33,9 +34,10 @@ class Reverse:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Keeps the streams at every `every`-th layer, and computes the layers between again."""
+    """Keeps the streams at every `every`-th layer, on the host if `host`, and computes the layers between again."""
 
     every: int = 1
+    host: bool = False
 
     def __post_init__(self):
         if self.every < 1:
@@ -84,7 +86,7 @@ Plan = str | Keep | Parts | Sequence[str | Keep | Parts]
 
 
 def parse(keep: str | Keep | Parts) -> Keep | Parts:
-    """Reads 'nothing', 'attention', 'inputs', 'inputs:4', 'all', or several with numbers: '40 nothing, 8 all'."""
+    """Reads 'nothing', 'attention', 'inputs', 'inputs:4', 'host:4', 'all', or several: '40 nothing, 8 all'."""
     if isinstance(keep, Keep | Parts):
         return keep
     if "," in keep or keep.strip()[:1].isdigit():
@@ -96,7 +98,10 @@ def word(keep: Keep) -> str:
     """What `parse` reads as this; of names that have no word, the value itself."""
     if isinstance(keep, Reverse):
         return {(): "nothing", ("attention",): "attention"}.get(keep.names, repr(keep))
-    return "all" if isinstance(keep, All) else "inputs" if keep.every == 1 else f"inputs:{keep.every}"
+    if isinstance(keep, All):
+        return "all"
+    name = "host" if keep.host else "inputs"
+    return name if keep.every == 1 else f"{name}:{keep.every}"
 
 
 def _part(text: str) -> tuple[int | None, Keep]:
@@ -114,11 +119,12 @@ def _keep(keep: str) -> Keep:
         return Reverse(("attention",))
     if name == "all" and not every:
         return All()
-    if name == "inputs" and (not every or every.isdigit()):
-        return Inputs(int(every or 1))
+    if name in ("inputs", "host") and (not every or every.isdigit()):
+        return Inputs(int(every or 1), host=name == "host")
     raise ValueError(
-        "A plan is 'nothing', 'attention', 'inputs', 'inputs:K' (K layers between keyframes) or 'all', or several with "
-        f"numbers of layers ('40 nothing, 8 all'), but got {keep!r}."
+        "A plan is 'nothing', 'attention', 'inputs', 'inputs:K' (K layers between keyframes), 'host', 'host:K' (these "
+        "in the host's memory) or 'all', or several with numbers of layers ('40 nothing, 8 all'), but got "
+        f"{keep!r}."
     )
 
 

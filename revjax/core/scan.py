@@ -110,8 +110,8 @@ def reversible_scan(
       runs: the functions and their stacked parameters.
       x: float array (B, ..., D), rows first; or the two streams to start from. One array starts both.
       coupling: how increments join the streams; RevNet() if None.
-      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", different for parts of a run
-        ("40 nothing, 8 all"), or one for each run.
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "host:K", "all", different for parts
+        of a run ("40 nothing, 8 all"), or one for each run.
       shared: a pytree that every f gets as `shared=`; not differentiated.
       context: a pytree that every f gets as `context=`, with gradients (cross-attention).
       canary: zeros (N, 3). Its gradient is, for each f, how many rows of the stream beside it were not

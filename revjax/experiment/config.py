@@ -56,10 +56,11 @@ class FolderConfig:
 class MemoryConfig:
     """What the backward pass finds kept."""
 
-    # nothing (rebuild), attention (rebuild, but keep attention's outputs), inputs:K (recompute from every K-th layer)
-    # or all (store); parts of the layers may have each their own, first layers first: "40 nothing, 8 all"; or auto: the
-    # fastest step that fits into the budget is looked for, which sets the plan, accumulation, model.loss_tile and
-    # model.mlp_chunk (these two at most as given)
+    # nothing (rebuild), attention (rebuild, but keep attention's outputs), inputs:K (recompute from every K-th layer),
+    # host:K (the same, with those layers' streams in the host's memory; not on a CPU) or all (store); parts of the
+    # layers may have each their own, first layers first: "40 nothing, 8 all"; or auto: the fastest step that fits into
+    # the budget is looked for, which sets the plan, accumulation, model.loss_tile and model.mlp_chunk (these two at
+    # most as given)
     plan: str = "auto"
     # of one device, where plan is auto: bytes ("40GiB"), a part of it ("0.5"), auto (most of it), balanced (where less
     # begins to cost much more time) or aggressive (as little as can be)

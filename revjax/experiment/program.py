@@ -80,7 +80,7 @@ class Program:
         try:
             lowered = devices.jit(step, shapes).lower(shapes, batch)
         except ValueError as e:
-            if not str(e).startswith("The plan keeps what is named"):
+            if not str(e).startswith(("The plan keeps what is named", "The plan 'host' keeps")):
                 raise
             raise ConfigError(f"memory.plan {config.memory.plan!r}: {e}") from None
         return Program(devices, make, start, skeleton, shapes, batch, lowered)

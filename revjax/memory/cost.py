@@ -1,7 +1,8 @@
 """What a training step costs, counted by hand: bytes at its highest point, and time, before anything is compiled.
 
     bytes   state + max over moments of (what is kept by then + what the moment needs)
-    time    FLOPs + balance (bytes of parameters that are read and written + moves of a kept byte x bytes kept)
+    time    FLOPs + balance (bytes of parameters that are read and written + moves of a kept byte x bytes kept
+                             + moves of a byte that goes to the host and back x bytes kept there)
 
 A step has four moments that may be its highest: a tile of the loss, the backward pass of one attention and of one
 MLP (with all gradients), and the update. What a moment needs is counted in arrays of a few sizes, as profiles of
@@ -36,6 +37,9 @@ _DEFAULT_BALANCE = 250.0
 # pages the system makes first: plans of six shapes, timed in turn, cost 0 to 16 moves (bf16 more than fp32), about 6.
 _MOVES = {"cpu": 6.0}
 _DEFAULT_MOVES = 2.0
+# The same for a byte that is kept on the host, over its link: on an H200, a step of `jax.checkpoint` whose 3.2 GB of
+# layer inputs went to the host and back took 62 and 72 ms longer (docs/studies/accelerator.jsonl), 92 and 107 moves.
+_HOST_MOVES = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,8 @@ def step_cost(
     moved = _moved(config, batch_size, sequence_length, plan, accumulation, num_params, num_frozen)
     balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
     moves = _MOVES.get(jax.default_backend(), _DEFAULT_MOVES)
-    time = flops + balance * (moved + moves * accumulation * kept)
+    moved += accumulation * (moves * kept + _HOST_MOVES * sum(_kept_on_host(sizes, *part) for part in parts))
+    time = flops + balance * moved
     return Cost(state_bytes, moments, kept, time)
 
 
@@ -290,11 +295,18 @@ def _kept(s: Sizes, keep: Keep, num_layers: int) -> int:
     if isinstance(keep, All):
         return num_layers * stored
     if isinstance(keep, Inputs):
-        return -(-num_layers // keep.every) * 2 * 4 * s.streams + min(keep.every, num_layers) * stored
+        keyframes = 2 if keep.host else -(-num_layers // keep.every)  # on their way
+        return keyframes * 2 * 4 * s.streams + min(keep.every, num_layers) * stored
     each = fns * s.streams * _kept_bits(config) // 8
     if "attention" in keep.names:
         each += low * s.queries + logsumexp
     return num_layers * each
+
+
+def _kept_on_host(s: Sizes, num_layers: int, keep: Keep) -> int:
+    if not isinstance(keep, Inputs) or not keep.host:
+        return 0
+    return -(-num_layers // keep.every) * 2 * 4 * s.streams
 
 
 def _kept_bits(config: DecoderConfig) -> int:

@@ -29,7 +29,7 @@ class Decoder(Tower):
 
     Args:
       config: its shape.
-      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K" or "all".
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "host:K" or "all".
       constrain, gather: for the streams, and for the parameters of a layer, where devices share them (see
         `revjax.sharding.constrain_rows` and `gather_layer`).
       rngs: for the parameters.

@@ -63,8 +63,8 @@ class ReversibleStack(nnx.Module):
       num_layers: how many blocks.
       coupling: how increments join the streams, or its name ("near-residual:1"); RevNet() if None; a call may pass
         another.
-      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "all", different for parts of a run
-        ("40 nothing, 8 all"), or one for each run.
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "host:K", "all", different for parts
+        of a run ("40 nothing, 8 all"), or one for each run.
       exact, fraction_bits, constrain: see `revjax.reversible_scan`.
       gather: what one layer's parameters go through before they are used, such as `revjax.sharding.gather_layer(mesh)`.
       rngs: for the parameters. Each layer gets its own.

@@ -30,7 +30,7 @@ class Tower(nnx.Module):
     Args:
       config: the shape of the layers.
       layers: functions of rngs that make the branches of a layer, repeated over `config.num_layers`.
-      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K" or "all".
+      plan: what the backward pass finds kept: "nothing", "attention", "inputs:K", "host:K" or "all".
       constrain, gather: for the streams, and for the parameters of a layer, where devices share them (see
         `revjax.sharding.constrain_rows` and `gather_layer`).
       rngs: for the parameters.

@@ -73,3 +73,31 @@ def test_a_gradient_lowers_for_other_platforms():
     traced = jax.jit(jax.grad(loss)).trace(w, jnp.zeros((B, T, D)))
     for platform in ("cuda", "tpu"):
         assert traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("coupling", [core.RevNet(), core.Residual()], ids=lambda coupling: type(coupling).__name__)
+def test_keyframes_go_to_the_host_and_come_back_but_not_on_a_cpu(coupling):
+    """Where they live is all that `host` changes: what is lowered for a GPU is otherwise what `inputs` is."""
+    w = {"up": jnp.zeros((6, D, F)), "down": jnp.zeros((6, F, D))}
+
+    def text(plan, platform):
+        loss = lambda w, x: jnp.mean(reversible_scan(Run(f, w), x, coupling=coupling, plan=plan).out ** 2)
+        return jax.jit(jax.grad(loss)).trace(w, jnp.zeros((B, T, D))).lower(lowering_platforms=(platform,)).as_text()
+
+    moved = text("2 inputs, 4 host:2", "cuda")
+    moves = [moved.count(f'_xla_buffer_placement = "{kind}"') for kind in ("pinned_host", "device")]
+    assert moves == [coupling.order, coupling.order]
+    assert "pinned_host" not in text("inputs:2", "cuda")
+    with pytest.raises(ValueError, match="'host' keeps streams in the host's memory, but a CPU has no other"):
+        text("2 inputs, 4 host:2", "cpu")
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="a CPU has no memory beside that of the host")
+def test_keyframes_on_the_host_give_the_same_bits():
+    keys = jax.random.split(jax.random.key(0), 2)
+    w = {"up": jax.random.normal(keys[0], (6, D, F)) / 8, "down": jax.random.normal(keys[1], (6, F, D)) / 8}
+    loss = lambda w, x, plan: jnp.mean(reversible_scan(Run(f, w), x, plan=plan).out ** 2)
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    found = [gradient(w, jax.random.normal(keys[0], (B, T, D)), plan) for plan in ("inputs:2", "host:2", "host:4")]
+    for other in found[1:]:
+        assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), found[0], other))

@@ -165,7 +165,19 @@ def test_a_canary_of_the_wrong_shape_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "text", ["nothin", "inputs:0", "inputs:x", "all:2", "inputs:-1", "all, nothing", "0 all, nothing", "two all, all"]
+    "text",
+    [
+        "nothin",
+        "inputs:0",
+        "inputs:x",
+        "host:0",
+        "hosts",
+        "all:2",
+        "inputs:-1",
+        "all, nothing",
+        "0 all, nothing",
+        "two all, all",
+    ],
 )
 def test_an_unknown_plan_is_an_error(text):
     with pytest.raises(ValueError, match="A plan is|at least 1|A part of a plan is"):
@@ -181,7 +193,7 @@ def test_parts_that_do_not_add_up_are_an_error(text, said):
 
 
 def test_a_plan_of_parts_is_read_as_it_is_written():
-    for text in ("nothing, 8 all", "40 nothing, inputs:4, 8 attention", "3 inputs, 1 all"):
+    for text in ("nothing, 8 all", "40 nothing, inputs:4, 8 attention", "3 inputs, 1 all", "host, 2 host:2"):
         assert str(parse(text)) == text
     assert parse("nothing, 8 all").of(8) == ((8, core.All()),)
 

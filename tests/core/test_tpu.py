@@ -25,7 +25,7 @@ def f(w, x, side=None):
     return h @ w["down"].astype(jnp.bfloat16)
 
 
-def temp_bytes(num_layers, plan="nothing", frozen=False):
+def memory(num_layers, plan="nothing", frozen=False, coupling=None):
     from jax.experimental import topologies
 
     device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
@@ -35,11 +35,14 @@ def temp_bytes(num_layers, plan="nothing", frozen=False):
 
     def loss(x, w):
         run = Run((f, f), ({}, {}), side_L=w) if frozen else Run((f, f), w)
-        return jnp.mean(reversible_scan(run, x, coupling=core.RevNet(), plan=plan).mean ** 2)
+        return jnp.mean(reversible_scan(run, x, coupling=coupling, plan=plan).out ** 2)
 
     gradient = jax.grad(loss, argnums=0 if frozen else 1)
-    compiled = jax.jit(gradient).lower(abstract(B, T, D), (w, w)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return jax.jit(gradient).lower(abstract(B, T, D), (w, w)).compile().memory_analysis()
+
+
+def temp_bytes(*args, **options):
+    return memory(*args, **options).temp_size_in_bytes
 
 
 def test_memory_on_a_tpu_is_flat_in_depth():
@@ -50,3 +53,9 @@ def test_memory_on_a_tpu_is_flat_in_depth():
 
 def test_the_memory_test_can_fail():
     assert temp_bytes(32, "inputs") > 3 * temp_bytes(8, "inputs")
+
+
+def test_keyframes_on_the_host_are_off_the_device():
+    few, many = (memory(n, "host:4", coupling=core.Residual()) for n in (8, 32))
+    assert many.temp_size_in_bytes <= 1.02 * few.temp_size_in_bytes
+    assert many.host_temp_size_in_bytes == 8 * B * T * D * 4  # one stream of int32 every 4 layers

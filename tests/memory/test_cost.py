@@ -43,6 +43,9 @@ def test_what_is_kept_grows_with_depth_only_where_something_is():
     assert count(deep).moments == count().moments and count().kept == 0
     for plan in ("attention", "all", "inputs:2"):
         assert count(deep, plan=plan).kept > 2 * count(plan=plan).kept > 0
+    assert count(deep, plan="host:2").kept == count(plan="host:2").kept > 0
+    assert count(deep, plan="host:2").bytes < count(deep, plan="inputs:2").bytes
+    assert count(deep, plan="host:2").time > count(deep, plan="inputs:2").time
     bits = dataclasses.replace(WIDE, coupling="near-residual:2")
     assert count(bits).kept == 6 * 2 * (4 * 256 * 192) * 2 // 8
 
