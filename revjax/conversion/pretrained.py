@@ -54,7 +54,11 @@ def open_pretrained(folder: str | pathlib.Path) -> Pretrained:
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}. Give one with {CONFIG} and {WEIGHTS}.")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+        fetch = f" A model of the Hugging Face hub is fetched first: hf download {folder} --local-dir={folder.name}."
+        raise CheckpointError(
+            f"There is no folder {folder}. Give one with {CONFIG} and {WEIGHTS}.{fetch if hub else ''}"
+        )
     theirs = read_config_json(folder)
     family = _family_of(theirs, folder)
     tensors = TensorFiles(folder)
@@ -116,7 +120,7 @@ def _family_of(theirs: Mapping[str, Any], folder: pathlib.Path) -> Family:
     name = theirs.get("model_type")
     if name not in FAMILIES:
         hint = nearest(name, FAMILIES) if isinstance(name, str) else ""
-        hint = " Convert its text model alone (text_config)." if name == "gemma3" else hint
+        hint = " Its text model can be taken out first: docs/pretrained.md says how." if name == "gemma3" else hint
         raise ConfigError(
             f"{folder / CONFIG}: model_type {name!r} is not known. Known are {', '.join(FAMILIES)}.{hint}"
         )

@@ -157,7 +157,7 @@ def _check_coupling(config: ModelConfig) -> None:
     if not near:
         raise ConfigError(
             f"A model that was trained with the coupling {config.coupling!r} is another network than a stock "
-            "architecture with its parameters. Train one with --model.coupling=near-residual:1, bdia:1 or residual."
+            "architecture with its parameters. Train one with --model.coupling=near-residual:4, bdia:4 or residual."
         )
     own = {"layer_scale": config.layer_scale is not None, "second_stream": config.second_stream == "own"}
     own |= {"readout": config.readout in ("learned", "concat")}

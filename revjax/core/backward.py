@@ -89,7 +89,7 @@ def _invert_run(layers: Layers, i: int, shared, carry, inputs_L, daux_L, sink: G
 def _invert_in_chunks(layers: Layers, fn: ChunkedFunction, shared, closure, q, unstep, dcarry, inputs):
     """f's cotangent does not depend on f's value, so each chunk is evaluated and transposed at once."""
     x = forward.decoded(layers, q)
-    step_vjp = forward.step_vjp(layers, x, x, jnp.zeros(x.shape, fn.fn.fx_dtype), inputs["number"])
+    step_vjp = forward.step_vjp(layers, x, x, jnp.zeros(x.shape, fn.fn.fx.dtype), inputs["number"])
     dx_prev, dx_step, dfx = step_vjp(dcarry[0][1])
     zero = opaque_zero(inputs["layer"])
     fx, gradients = fn.evaluate_and_transpose(forward.arguments(shared, closure, x, inputs), dfx, zero)

@@ -151,10 +151,12 @@ class Layers:
                     replay.append(period[-1])
                     continue
                 period.append(trace(f, params, stream, inputs, names))
-                if coupling.linear and period[-1].fx_dtype is None:
+                if coupling.linear and not isinstance(fx := period[-1].fx, jax.ShapeDtypeStruct):
+                    came = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", fx)
+                    came = "None (is a `return` missing?)" if fx is None else f"{came}".replace("'", "")
                     raise TypeError(
-                        f"The coupling adds an array to x, but {getattr(f, '__name__', f)} returned none (but None, a "
-                        "tuple or a dict). Return fx, or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
+                        f"The coupling adds an array to x, but {getattr(f, '__name__', f)} returned {came}. Return fx, "
+                        "or (fx, extras) with extras a dict of 'aux', 'tape', 'cache'."
                     )
                 tape = period[-1].tape_shape
                 replay.append(

@@ -14,8 +14,9 @@ were rebuilt wrong without. A compiler option could stop the first, but only the
   its bits are sealed, as below; what a matrix product stores in low precision is read as it is.
 
   It merges a product with the sum that reads it (fused multiply-add: one rounding for two), or a root or
-  quotient with the product that reads it, if nothing else does. Such a result is sealed: its bits go through
-  an `or` with an integer 0 that the compiler cannot know to be 0.
+  quotient with the product that reads it, if nothing else does; and a quotient by one number becomes a product
+  with its reciprocal. Such a result, or such a number, is sealed: its bits go through an `or` with an integer 0
+  that the compiler cannot know to be 0.
 
   It adds along an axis in another order, as it vectorises the loop. Sums of floats are products with a
   vector of ones instead, which XLA does not fuse away.
@@ -212,6 +213,8 @@ class _Pinned:
         name = eqn.primitive.name
         if self._are_constant(args):
             return _bind(eqn, args, eqn.params)
+        if name == "div":  # of what is divided by, XLA would take the reciprocal where it is one number for all
+            args = [args[0], args[1] if self._are_constant(args[1:]) else self._seal(args[1])]
         if name == "rsqrt":
             return [transcendental.rsqrt(args[0], self._seal)]
         is_function = name in transcendental.FUNCTIONS

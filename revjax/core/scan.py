@@ -166,6 +166,7 @@ def reversible_scan(
         return forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=False)[0]
 
     def core_fwd(diff, streams, rest, canary, given):
+        diff = jax.tree.map(jnp.asarray, diff)  # without jit, a number that f closes over may come as a Python float
         out, kept = forward.run(layers, combine(diff, rest[0]), streams, rest[1], keep=True)
         corner = jax.tree.map(lambda x: x[(0,) * x.ndim], streams)  # a float of x: what is kept of it are integers
         # what is kept: see forward.run

@@ -47,7 +47,7 @@ class Function:
       num_out: how many of the program's results are not leaves of the vjp.
       forwarded: for each leaf of the vjp, which input of the program it is, or None.
       tape_shape: what f asks to be called with again (shapes), or None.
-      fx_dtype: of the increment (None where that is a pytree).
+      fx: the increment (shapes): an array, or what else a coupling takes.
       has_extras: f returned something beside the increment.
       replay: the program with what is kept by name as further inputs; the program has it as further results.
     """
@@ -59,7 +59,7 @@ class Function:
     vjp_tree: Any
     forwarded: tuple[int | None, ...]
     tape_shape: PyTree
-    fx_dtype: Any
+    fx: PyTree
     has_extras: bool
     replay: ClosedJaxpr
 
@@ -139,8 +139,8 @@ def trace(
     forwarded = tuple(None if isinstance(v, Literal) else place.get(v) for v in program.jaxpr.outvars[n:])
     program, replay = _keeping(program, names) if names else (program, program)
     extras = bool(jax.tree.leaves((shape[0][1], shape[1])))
-    fx_dtype = getattr(shape[0][0], "dtype", None)
-    return Function(program, closure, n, trees["out"], trees["vjp"], forwarded, shape[1][0], fx_dtype, extras, replay)
+    fx, tape = shape[0][0], shape[1][0]
+    return Function(program, closure, n, trees["out"], trees["vjp"], forwarded, tape, fx, extras, replay)
 
 
 def _keeping(program: ClosedJaxpr, names: Sequence[str]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
@@ -204,7 +204,7 @@ def read_result(result: PyTree) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, Py
 def _check_increment(f, fx, x):
     if isinstance(fx, jax.ShapeDtypeStruct) and (fx.shape != x.shape or not is_float(fx)):
         raise ValueError(
-            f"A residual function returns an increment of the shape of x, but {_name(f)} took "
+            f"A residual function returns an increment of the shape of x, in floats, but {_name(f)} took "
             f"{x.dtype}{list(x.shape)} and returned {fx.dtype}{list(fx.shape)}."
         )
 

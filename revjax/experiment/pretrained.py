@@ -41,7 +41,7 @@ from ..data import (
 from ..errors import CheckpointError, ConfigError, DataError
 from ..logging import get_logger
 from ..models import DecoderConfig, EncoderConfig, ModelConfig, VisionConfig
-from ..training import read_config
+from ..training import OptimizerConfig, read_config
 from .config import FolderConfig, MemoryConfig, RunConfig
 from .fidelity import (
     Departure,
@@ -106,6 +106,7 @@ def from_hf(source: str | os.PathLike, config: FromHFConfig) -> tuple[RunConfig,
         run=FolderConfig(name=output.name, folder=str(output.parent)),
         model=model,
         data=_data(found.folder, model, output),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20),  # a tenth of the default: it is trained already
         memory=MemoryConfig(plan="nothing" if parse_coupling(model.coupling).reversible else "inputs"),
     )
     with _new_folder(output) as folder:
@@ -136,7 +137,7 @@ def describe_from_hf(source: str | os.PathLike, run: RunConfig, fidelity: Fideli
     measured = "" if fidelity is None else ", fidelity.json, fidelity.png"
     knows = f"{model.num_classes:,} classes" if isinstance(model, VisionConfig) else f"vocabulary {model.vocab_size:,}"
     tokenizer = "" if isinstance(model, VisionConfig) else f", {TOKENIZER}"
-    generates = isinstance(model, DecoderConfig)
+    generates, data = isinstance(model, DecoderConfig), "IMAGES" if isinstance(model, VisionConfig) else "TEXT"
     lines = {
         "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads, {knows}, from {source}",
         "coupling": f"{model.coupling}, {model.granularity} by {model.granularity}, "
@@ -145,7 +146,7 @@ def describe_from_hf(source: str | os.PathLike, run: RunConfig, fidelity: Fideli
         "written": f"{folder}/: config.yaml, {PARAMETERS}{tokenizer}, {PRETRAINED}/{measured}",
         "on": f"python scripts/generate.py {folder} --prompt='...'" if generates else "",
         "" if generates else "on": f"python scripts/train.py {folder}/config.yaml --run.name={run.run.name}-tuned "
-        f"--training.start_from={folder} --data.source={'IMAGES' if isinstance(model, VisionConfig) else 'TEXT'}",
+        f"--training.start_from={folder} --training.epochs=1 --data.source={data}",
     }
     return "\n".join(text if name == "report" else f"{name:<12} {text}" for name, text in lines.items() if text)
 

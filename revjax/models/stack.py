@@ -384,7 +384,7 @@ def _refuse_mutation(module: nnx.Module, before: dict[Any, Any]) -> None:
 
 def variables(module: nnx.Module) -> dict[Any, Any]:
     """The arrays of a module's variables, by path."""
-    return {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
+    return {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
 def _length(branch: nnx.Module) -> int:

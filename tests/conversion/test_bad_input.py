@@ -180,6 +180,8 @@ def test_a_converted_model_that_is_too_far_from_its_source_is_not_written(folder
 
 def test_mistakes_on_the_command_line(folder, capsys, tmp_path):
     assert "There is no folder" in message(capsys, folder.parent / "nowhere")
+    assert cli.main(["convert", "from-hf", "google/gemma-3-1b-pt", f"--output={tmp_path / 'run'}"]) == 2
+    assert "hf download google/gemma-3-1b-pt --local-dir=gemma-3-1b-pt" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in message(capsys, tmp_path / "empty")
     assert "Did you mean 'near-residual'" in message(capsys, folder, "--coupling=near-residul:4")

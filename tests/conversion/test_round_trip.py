@@ -121,6 +121,7 @@ def test_a_converted_model_is_tuned_exactly_and_goes_out_as_the_stock_network(tm
     assert all(0 < fidelity["distances"][name]["largest"] < 1e-5 for name in ("packed", "padded"))
     assert len(fidelity["largest_x"]) == 10 and (tmp_path / "run" / "fidelity.png").stat().st_size > 10_000
     run = load(RunConfig, tmp_path / "run" / "config.yaml", environ={})
+    assert run.optimizer.learning_rate == 1e-4  # not that of a training from scratch
     settings = [
         f"--run.folder={tmp_path}",
         "--run.name=tuned",

@@ -4,6 +4,8 @@ Unpinned, a third of the fp32 programs were not: XLA merges products with the su
 takes quotients apart, and compiles a loop as one function or by the operation, each as its neighbours suggest.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +160,16 @@ def shows(canary, is_pinned):
         pytest.skip("nothing has to be pinned here: other CPUs, or other versions of jax, have other approximations")
 
 
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_quotient_by_one_number_is_rebuilt_to_the_bit(is_pinned, monkeypatch):
+    """Of a number of the layer, and of one of all activations: XLA would take its reciprocal in one pass only."""
+    if not is_pinned:
+        monkeypatch.setattr(sys.modules["revjax.core.pin"]._Pinned, "_seal", lambda self, x: x)
+    by_layer = lambda w, x: jax.nn.gelu(x @ w[0]) / (2 + w[1, 0, 0])
+    by_all = lambda w, x: (x @ w[0]) / (1 + jnp.abs(x.mean()))
+    shows(canary_of((by_layer, by_all), RevNet(), 6, 0), is_pinned)
+
+
 @pytest.mark.parametrize("is_apart", [True, False])
 def test_a_function_of_many_operations_is_apart_in_long_loops_too(is_apart, monkeypatch):
     if not is_apart:
@@ -198,5 +210,6 @@ def test_a_product_is_sealed_where_a_sum_reads_it_and_only_there():
     assert sealed(lambda a, b: a * b + a) == 1
     assert sealed(lambda a, b: -(a * b)[:2] - a[:2]) == 1
     assert sealed(jax.jit(lambda a, b: jax.jit(jnp.exp)(a) + b)) == 1
-    assert sealed(lambda a, b: a / jnp.sqrt(b)) == 1  # else a * rsqrt(b), where nothing else reads the root
+    assert sealed(lambda a, b: a / jnp.sqrt(b)) == 2  # else a * rsqrt(b), where nothing else reads the root
+    assert sealed(lambda a, b: a / b) == 1  # else a * (1 / b), where b is one number for all of a
     assert sealed(lambda a, b: (a + b) * a * b) == 0

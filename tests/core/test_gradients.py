@@ -151,6 +151,13 @@ def test_context_and_closures_get_their_gradients(plan):
         assert relative(jax.jit(jax.grad(loss, (0, 1, 2)))(context, params[0], x), expected) <= 1e-6
 
 
+def test_a_python_number_that_f_closes_over_gets_its_gradient():
+    """Without jit, jax hands it on as a Python float."""
+    params, x, _ = make_problem(4, scale=0.5)
+    loss = lambda c: objective(reversible_scan(Run(lambda w, x: c * jnp.tanh(x @ w), params[0]), x))
+    assert jax.grad(loss)(2.0) == jax.grad(loss)(jnp.float32(2.0)) != 0
+
+
 @pytest.mark.parametrize("plan", ["nothing", "inputs:3", "all"])
 def test_auxiliary_outputs_get_their_gradients(plan):
     """With 4 layers, inputs:3 leaves a remainder: its auxiliary outputs come back in one piece."""

@@ -86,6 +86,22 @@ def test_a_width_that_does_not_fill_whole_bytes_is_an_error(shift, width):
 def test_a_function_that_changes_the_shape_is_an_error():
     with pytest.raises(ValueError, match="returns an increment of the shape of x"):
         total(run=Run(lambda w, x: x[..., :2], W))
+    with pytest.raises(ValueError, match="in floats, but <lambda> took float32.* and returned int32"):
+        total(run=Run(lambda w, x: x.astype(jnp.int32), W))
+
+
+@pytest.mark.parametrize(
+    "f, came",
+    [
+        (lambda w, x: None, "None .is a `return` missing"),
+        (lambda w, x: (x, x[0]), "returned .float32.*, float32"),
+        (lambda w, x: {"fx": x}, "returned .fx: float32"),
+    ],
+    ids=["nothing", "two", "dict"],
+)
+def test_a_function_that_returns_no_array_is_an_error(f, came):
+    with pytest.raises(TypeError, match=came):
+        total(run=Run(f, W))
 
 
 def test_unknown_extras_are_an_error():

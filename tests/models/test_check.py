@@ -1,5 +1,7 @@
 """`check` passes what is right, and names what is not."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,13 @@ def wrong_derivative(x):
 wrong_derivative.defvjp(lambda x: (jnp.sin(x), x), lambda x, dy: (1.01 * dy * jnp.cos(x),))
 
 
+class Sows(Good):
+    def __call__(self, x):
+        y = self.linear(x)
+        self.sow(nnx.Intermediate, "hidden", y)
+        return jnp.tanh(y)
+
+
 class WrongDerivative(Good):
     def __call__(self, x):
         return wrong_derivative(self.linear(x))
@@ -105,12 +114,14 @@ def test_low_precision_passes():
     assert report_on(LowPrecision).ok
 
 
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 @pytest.mark.parametrize(
     "block, named",
     [
         (AddsItsInput, "AddsItsInput returns x . f.x., but a branch returns the increment"),
         (HoldsRandomness, "HoldsRandomness draws random numbers from a stream that it holds"),
         (Writes, "Writes changes its variables"),
+        (Sows, "Sows changes its variables when it is called .hidden"),
         (DrawsFromNumpy, "DrawsFromNumpy is not the same function twice"),
         (Counts, "Counts is not the same function twice"),
         (WrongDerivative, "differs from finite differences"),
@@ -123,7 +134,47 @@ def test_a_broken_block_is_named(block, named):
 
 
 def test_a_function_that_differs_in_the_backward_pass_is_seen_by_the_canary():
-    assert any("was not rebuilt to the bit" in fault for fault in report_on(Counts).faults)
+    report = report_on(Counts)
+    assert len(report.faults) == 2 and "was not rebuilt to the bit" in report.faults[1]
+    assert report.gradient_error is None and "Gradients were not compared" in report.notes[0]
+
+
+@pytest.mark.optimized
+def test_what_no_branch_explains_is_said_to_be_a_fault_of_revjax(monkeypatch):
+    """Without the seal on what is divided by; with it, a rate that grows with depth is rebuilt to the bit."""
+
+    class Drops(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(64, 64, rngs=rngs)
+            self.rate = nnx.Variable(jnp.zeros(()))
+
+        def __call__(self, x, *, key=None):
+            return revjax.nn.stochastic_depth(jax.nn.gelu(self.linear(x)), self.rate[...], key)
+
+    stack = revjax.ReversibleStack(Drops, num_layers=4, rngs=nnx.Rngs(0))
+    stack.runs[0][0].rate[...] = 0.2 * jnp.arange(4) / 3
+    x = jax.random.normal(jax.random.key(7), (4, 16, 64))
+    assert revjax.check(stack, x, key=jax.random.key(0)).ok
+    monkeypatch.setattr(sys.modules["revjax.core.pin"]._Pinned, "_seal", lambda self, x: x)
+    rebuilt, *others = revjax.check(stack, x, key=jax.random.key(0)).faults
+    assert "was not rebuilt to the bit" in rebuilt and "may well be a fault of revjax" in others[0]
+
+
+def test_a_model_may_return_several_arrays():
+    class Routed(nnx.Module):
+        def __init__(self, rngs):
+            self.stack = revjax.ReversibleStack(Balanced, num_layers=2, rngs=rngs)
+
+        def __call__(self, x):
+            result = self.stack.scan(x)
+            return result.out, result.aux
+
+    class Balanced(Good):
+        def __call__(self, x):
+            y = self.linear(x)
+            return jnp.tanh(y), {"aux": {"balance": jnp.mean(y**2), "most": jnp.argmax(y)}}
+
+    assert revjax.check(Routed(nnx.Rngs(0)), X).ok
 
 
 @pytest.mark.parametrize(
