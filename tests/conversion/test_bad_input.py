@@ -61,7 +61,7 @@ def change_tensors(folder, change):
     "fields, expected",
     [
         (dict(model_type="lama"), "model_type 'lama' is not known. Known are llama, mistral,.* Did you mean 'llama'"),
-        (dict(model_type="gemma3"), "Convert its text model alone"),
+        (dict(model_type="gemma3"), "Its text model can be taken out first"),
         (dict(architectures=["LlamaForSequenceClassification"]), "is not a LlamaForCausalLM"),
         (dict(hidden_act="quick_gelu"), "hidden_act 'quick_gelu' is not supported"),
         (dict(residual_multiplier=0.5), "fields that this version does not know.*residual_multiplier=0.5"),
