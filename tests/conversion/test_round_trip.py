@@ -197,7 +197,7 @@ def test_what_has_no_stock_architecture_is_refused(tmp_path):
     for fields, message in [
         (
             dict(coupling="midpoint:0.5"),
-            "is another network than a stock architecture .* Train one with --model.coupling=near-residual:1",
+            "is another network than a stock architecture .* Train one with --model.coupling=near-residual:4",
         ),
         (dict(coupling="near-residual:1", layer_scale=0.1), "no place for the parameters of layer_scale"),
         (dict(coupling="near-residual:1", readout="learned"), "no place for the parameters of readout"),
