@@ -383,8 +383,9 @@ def _refuse_mutation(module: nnx.Module, before: dict[Any, Any]) -> None:
 
 
 def variables(module: nnx.Module) -> dict[Any, Any]:
-    """The arrays of a module's variables, by path."""
-    return {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
+    """What a module's variables hold, by path: arrays, or what `sow` puts there."""
+    value = lambda leaf: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    return {path: value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
 
 def _length(branch: nnx.Module) -> int:
