@@ -134,8 +134,10 @@ def _loss(model: nnx.Module, example: PyTree, key: jax.Array | None, inputs: dic
     out = model(*args, **({} if key is None else {"key": key}), **inputs)
     rng = np.random.default_rng(0)
     weighted = lambda y: jnp.sum(y * rng.standard_normal(y.shape).astype(y.dtype)) / y.size**0.5
-    first, *others = (y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.floating))
-    return functools.reduce(lambda total, y: total + weighted(y), others, weighted(first))
+    floats = [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.floating)]
+    if not floats:
+        raise TypeError(f"check needs a model that returns floats, but {type(model).__name__} returned none.")
+    return functools.reduce(lambda total, y: total + weighted(y), floats[1:], weighted(floats[0]))
 
 
 def _at_calls_of_stacks(run: Callable, visit: Callable) -> None:

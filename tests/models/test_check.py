@@ -176,6 +176,13 @@ def test_a_model_may_return_several_arrays():
 
     assert revjax.check(Routed(nnx.Rngs(0)), X).ok
 
+    class Chosen(Routed):
+        def __call__(self, x):
+            return jnp.argmax(super().__call__(x)[0], -1)
+
+    with pytest.raises(TypeError, match="returns floats, but Chosen returned none"):
+        revjax.check(Chosen(nnx.Rngs(0)), X)
+
 
 @pytest.mark.parametrize(
     "wrong, shown",
