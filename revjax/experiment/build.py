@@ -78,7 +78,7 @@ def build(config: RunConfig, *, dry: bool = False, allow_change: Collection[str]
       allow_change: names of fields in which a run that was begun may go on with other values.
 
     Raises a `RevjaxError` for a run folder, text or configuration that cannot work. Writes nothing but the
-    cache of tokenised text.
+    caches (tokenised text, compiled programs and what they take).
     """
     knows_steps = config.training.epochs is None
     check_installed(config.training)

@@ -41,7 +41,7 @@ class FolderConfig:
 
     name: str = "default"
     folder: str = "runs"
-    compilation_cache: str | None = "auto"  # folder of compiled programs; auto is the user's cache, null is none
+    compilation_cache: str | None = "auto"  # folder of compiled programs; auto is the user's cache, null: no caches
 
     def __post_init__(self):
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):

@@ -40,7 +40,8 @@ def doctor() -> tuple[str, list[str]]:
         "devices": "\n".join(map(_device, jax.local_devices())),
         "products": _products(),
         "caches": f"{_folder(users_cache('xla'))}; at most {MAX_BYTES / 1e6:,.0f} MB\n"
-        f"{_folder(users_cache('tokens'))}\n(either folder may be deleted: what is in it is made again)",
+        f"{_folder(users_cache('tokens'))}\n{_folder(users_cache('step-bytes'))}\n"
+        "(each folder may be deleted: what is in it is made again)",
         "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here, {_free(users_cache('')):.0f} GB for the caches",
         "exact": "no: see below" if wrong else "a small model with dropout, in bf16: every stream rebuilt to the bit",
         "problems": "\n".join(problems) or "none found",

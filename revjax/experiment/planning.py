@@ -23,6 +23,7 @@ from ..memory import Candidate, Choice, Cost, Found, budget_bytes, knee, known_h
 from ..memory import largest as largest_size
 from ..models import DecoderConfig, EncoderConfig, VisionConfig
 from ..training import TrainState, read_config
+from . import step_bytes
 from .config import MemoryConfig, RunConfig
 from .devices import Devices
 from .plan_report import describe_choice, in_bytes
@@ -265,19 +266,28 @@ def _halvings(n: int, smallest: int) -> list[int]:
 
 
 class _Compiler:
-    """Compiles steps of one configuration that differ in what may be chosen. The latest one, `latest`, is kept."""
+    """Compiles steps of one configuration that differ in what may be chosen.
+
+    `latest` is the step that was asked for last, where it had to be compiled.
+    """
 
     def __init__(self, config: RunConfig, *, to_run: bool):
         self._to_run, self._config, self._devices = to_run, config, Devices.of(config)
         self.latest: tuple[Program, Any] | None = None
 
     def bytes_of(self, choice: Choice) -> int:
-        """The bytes of everything on one device, as XLA compiles the step."""
+        """The bytes of everything on one device, as XLA compiles the step, or compiled it before."""
         self.latest = None
+        config = with_choice(self._config, choice)
+        if (known := step_bytes.recall(config, to_run=self._to_run)) is not None:
+            get_logger(__name__).info("known from before: %s, %s", describe_choice(choice), in_bytes(known))
+            return known
         get_logger(__name__).info("compiling %s ...", describe_choice(choice))
-        program = Program.of(with_choice(self._config, choice), self._devices)
+        program = Program.of(config, self._devices)
         self.latest = program, program.compile(to_run=self._to_run)
-        return bytes_of_step(self.latest[1])
+        found = bytes_of_step(self.latest[1])
+        step_bytes.remember(config, found, to_run=self._to_run)
+        return found
 
 
 def _choice_of(config: RunConfig) -> Choice:
