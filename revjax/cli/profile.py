@@ -1,13 +1,15 @@
 """`revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]`."""
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 from .. import experiment
 from ..config import load
 from ..errors import ConfigError
 from ..logging import setup
-from ..memory import OpTimes, op_times, plot_op_times, plot_timeline, timeline
+from ..memory import GPUUse, OpTimes, gpu_use, op_times, plot_op_times, plot_timeline, timeline
 from .words import leading_names, run_help, take
 
 USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]"
@@ -18,7 +20,8 @@ machine: at the highest point by what they are for, the largest with the line of
 the whole step as a picture. Nothing is allocated, and nothing is trained.
 
 With --time it also takes four steps, on random tokens, and says where their time goes: by what it is for and by loop,
-and the longest operations with their line of Python. What is trained so is thrown away.
+and the longest operations with their line of Python. On NVIDIA GPUs it goes on for five seconds more, and says what
+power and energy that took, by the driver (NVML). What is trained so is thrown away.
 
 The folder of --output (default: runs/profiles/NAME) gets memory.png and memory.json; with --time also time.png,
 time.json, and trace.json.gz, for ui.perfetto.dev or chrome://tracing."""
@@ -49,10 +52,14 @@ def profile(argv: list[str]) -> int:
         plot_timeline(found, folder / "memory.png", title=title)
         (folder / "memory.json").write_text(json.dumps(found.to_json()) + "\n")
         if with_time:
-            times = _times(ready, folder / "trace.json.gz")
-            print(f"\n{experiment.describe_time(times)}")
+            step = experiment.stepper(config, ready.train_step, experiment.Program.of(config, ready.devices))
+            times = _times(ready, step, folder / "trace.json.gz")
+            print(f"\n{experiment.describe_time(times)}", flush=True)
             plot_op_times(times, folder / "time.png", title=title)
-            (folder / "time.json").write_text(json.dumps(times.to_json()) + "\n")
+            use = _gpu_use(step)
+            print(experiment.describe_gpu_use(use, config.tokens_per_step))
+            gpus = None if isinstance(use, str) else [dataclasses.asdict(gpu) for gpu in use]
+            (folder / "time.json").write_text(json.dumps(times.to_json() | {"gpus": gpus}) + "\n")
     except OSError as e:
         raise ConfigError(f"Cannot write to {folder} (--output): {e.strerror}.") from None
     print(f"\n{experiment.describe_suggestions(experiment.suggestions(config, ready.state, ready.devices))}\n")
@@ -61,10 +68,16 @@ def profile(argv: list[str]) -> int:
     return 0
 
 
-def _times(ready: experiment.Experiment, trace: pathlib.Path) -> OpTimes:
-    program = experiment.Program.of(ready.config, ready.devices)
-    step = experiment.stepper(ready.config, ready.train_step, program)
+def _times(ready: experiment.Experiment, step: Callable[[], None], trace: pathlib.Path) -> OpTimes:
     try:
         return op_times(ready.train_step, step, trace=trace)
     except ValueError as e:
         raise ConfigError(f"There is no profile of time here: {e}") from None
+
+
+def _gpu_use(step: Callable[[], None]) -> list[GPUUse] | str:
+    """Or why there is none."""
+    try:
+        return gpu_use(step)
+    except ValueError as e:
+        return str(e)

@@ -49,6 +49,7 @@ from .trained import load_language_model as load_language_model
 from .trained import load_run as load_run
 from .versions import versions as versions
 from .words import announce as announce
+from .words import describe_gpu_use as describe_gpu_use
 from .words import describe_memory as describe_memory
 from .words import describe_time as describe_time
 from .words import summarize as summarize

@@ -7,7 +7,7 @@ import jax
 
 from ..data import Corpus, Images, Text
 from ..logging import get_logger
-from ..memory import ELSEWHERE, LOOPS, OpTimes, Timeline, activation_memory
+from ..memory import ELSEWHERE, LOOPS, GPUUse, OpTimes, Timeline, activation_memory
 from ..models import flops_per_token, num_params
 from ..training import TrainState, describe_evaluation, read_metrics
 from .build import Experiment
@@ -142,6 +142,18 @@ def describe_time(times: OpTimes) -> str:
         "longest": longest,
     }
     return _lines(lines)
+
+
+def describe_gpu_use(found: list[GPUUse] | str, tokens: int) -> str:
+    """Power and energy of steps of so many tokens, a line for each device; or why they are not known."""
+    if isinstance(found, str):
+        return _lines({"power": f"not known: {found}"})
+    one = lambda use: (
+        f"{use.watts:,.0f} W, {use.step_joules:,.3g} J a step, {1e3 * use.step_joules / tokens:,.3g} mJ a token; "
+        f"kernels ran {use.utilization:.0%} of the time; {_bytes(use.memory_bytes)} in use ({use.name}, {use.steps:,} "
+        f"steps of {1e3 * use.step_seconds:,.1f} ms)"
+    )
+    return _lines({"power": [one(use) for use in found]})
 
 
 def summarize(result: Result) -> str:

@@ -15,6 +15,8 @@ from .cost import step_cost as step_cost
 from .devices import HARDWARE as HARDWARE
 from .devices import Hardware as Hardware
 from .devices import peak_flops as peak_flops
+from .gpu_use import GPUUse as GPUUse
+from .gpu_use import gpu_use as gpu_use
 from .measure import activation_memory as activation_memory
 from .measure import options_to_measure as options_to_measure
 from .measure import temp_bytes as temp_bytes
