@@ -126,11 +126,12 @@ class FileTokenizer:
     Args:
       path: of the file.
       separator: the token between documents; None takes the first of `SEPARATORS` that there is.
+      setting: what a user would set it with.
 
     Raises `DataError` where the file cannot be read, or has no such token.
     """
 
-    def __init__(self, path: str | pathlib.Path, separator: str | None = None):
+    def __init__(self, path: str | pathlib.Path, separator: str | None = None, *, setting: str = "--data.separator"):
         path = pathlib.Path(path).expanduser()
         if path.is_dir():
             path = path / "tokenizer.json"
@@ -147,22 +148,21 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.separator = self._separator(path, separator)
+        self.separator = self._separator(path, separator, setting)
         self.begin = self._begin()
         marks = str(self.separator) + str(self.begin or "")
         self.fingerprint = hashlib.sha256(self.file + b"\0" + marks.encode()).hexdigest()
 
-    def _separator(self, path: pathlib.Path, wanted: str | None) -> int:
+    def _separator(self, path: pathlib.Path, wanted: str | None, setting: str) -> int:
         for name in SEPARATORS if wanted is None else (wanted,):
             token = self._tokenizer.token_to_id(name)
             if token is not None:
                 return token
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        usual = f"none of the usual tokens between documents ({', '.join(SEPARATORS)})"
         raise DataError(
-            f"{path} has no token {wanted!r} (data.separator)."
-            if wanted is not None
-            else f"{path} has none of the usual tokens between documents ({', '.join(SEPARATORS)})."
-            f" Set --data.separator to one that it has{': ' + ', '.join(special[:8]) if special else ''}."
+            f"{path} has {usual if wanted is None else f'no token {wanted!r}'}. Set {setting} to one that it has"
+            f"{': ' + ', '.join(special[:8]) if special else ''}."
         )
 
     def _begin(self) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from ..data import (
     BYTES,
     SEPARATORS,
     DataConfig,
+    FileTokenizer,
     ImagesConfig,
     Tokenizer,
     byte_tokenizer_json,
@@ -56,10 +57,11 @@ from .probing import probe, source_logits
 from .trained import PARAMETERS, TOKENIZER, has_checkpoints, named, read_file, read_parameters
 from .versions import versions
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 PRETRAINED = "huggingface"  # what came with the parameters and goes out with them again: configs, tokenizer
 IMAGES = "preprocessor_config.json"  # how images are scaled
 _KEPT = (
-    *(CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
+    *(CONFIG, "generation_config.json", TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json"),
     *("vocab.txt", "spiece.model", IMAGES),
     *("chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
@@ -187,7 +189,7 @@ def to_hf(source: str | os.PathLike, config: ToHFConfig) -> tuple[str, Departure
         elif run.data.tokenizer == BYTES:
             (folder / TOKENIZER).write_text(byte_tokenizer_json(), encoding="utf-8")
             fast = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": BYTE_0}
-            (folder / "tokenizer_config.json").write_text(json.dumps(fast, indent=2) + "\n")
+            (folder / TOKENIZER_CONFIG).write_text(json.dumps(fast, indent=2) + "\n")
         elif not (folder / TOKENIZER).exists():
             shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     return family.architecture_of(model), found
@@ -307,7 +309,7 @@ def _check_tokenizer(folder: pathlib.Path, model: ModelConfig) -> str | None:
             ".save_pretrained(FOLDER)"
         )
     separator = _separator(folder)
-    tokenizer = load_tokenizer(DataConfig(tokenizer=str(folder / TOKENIZER), separator=separator))
+    tokenizer = FileTokenizer(folder / TOKENIZER, separator, setting=f"eos_token in {folder / TOKENIZER_CONFIG}")
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model knows {model.vocab_size}: "
@@ -319,7 +321,7 @@ def _check_tokenizer(folder: pathlib.Path, model: ModelConfig) -> str | None:
 def _separator(folder: pathlib.Path) -> str | None:
     """What tokenizer_config.json says ends a text; None for one of the usual tokens."""
     try:
-        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+        token = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return None
     token = token.get("content") if isinstance(token, dict) else token

@@ -165,6 +165,12 @@ def test_a_tokenizer_of_another_model_and_none_at_all(folder, capsys):
     tokenizer["model"]["vocab"]["w101"] = 101
     path.write_text(json.dumps(tokenizer))
     assert "has 102 tokens, but the model knows 101" in message(capsys, folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": "<none>"}))
+    assert f"has no token '<none>'. Set eos_token in {config} to one that it has" in message(capsys, folder)
+    path.write_text(path.read_text().replace("<|endoftext|>", "<|other|>"))
+    config.unlink()
+    assert f"[SEP]). Set eos_token in {config} to one that it has: <|other|>." in message(capsys, folder)
     path.unlink()
     assert "has no tokenizer.json" in message(capsys, folder)
 

@@ -82,8 +82,16 @@ def test_another_separator_is_another_tokenizer(trained, tmp_path):
     [
         (None, None, r"Cannot read the tokenizer .*t.json \(data.tokenizer\): No such file"),
         ("{}", None, "is not a tokenizer.json"),
-        ("trained", "<nothing>", "has no token '<nothing>' .*that it has: <|endoftext|>"),
-        ("bare", None, "has none of the usual tokens between documents .*Set --data.separator"),
+        (
+            "trained",
+            "<nothing>",
+            r"has no token '<nothing>'\. Set --data.separator to one that it has: <\|endoftext\|>\.",
+        ),
+        (
+            "bare",
+            None,
+            r"usual tokens between documents \(<\|.*\. Set --data.separator to one that it has: <\|other\|>\.",
+        ),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_named(trained, tmp_path, contents, separator, message):
