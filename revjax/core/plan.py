@@ -89,7 +89,7 @@ def parse(keep: str | Keep | Parts) -> Keep | Parts:
     """Reads 'nothing', 'attention', 'inputs', 'inputs:4', 'host:4', 'all', or several: '40 nothing, 8 all'."""
     if isinstance(keep, Keep | Parts):
         return keep
-    if "," in keep or keep.strip()[:1].isdigit():
+    if isinstance(keep, str) and ("," in keep or keep.strip()[:1].isdigit()):
         return Parts(tuple(_part(part) for part in keep.split(",")))
     return _keep(keep)
 
@@ -130,7 +130,7 @@ def _keep(keep: str) -> Keep:
 
 def for_runs(plan: Plan, lengths: Sequence[int]) -> tuple[tuple[tuple[int, Keep], ...], ...]:
     """What is kept of each run of so many repeats: for each of its parts, first repeats first, how many and what."""
-    if isinstance(plan, str | Keep | Parts):
+    if not isinstance(plan, Sequence) or isinstance(plan, str):
         plan = (plan,) * len(lengths)
     if len(plan) != len(lengths):
         raise ValueError(

@@ -168,7 +168,7 @@ def describe_fidelity(found: Fidelity) -> str:
         "coupling": "reversible beside the ordinary network",
         "dtype": "as it will run beside float32",
         "packed": "two texts in a row beside each alone",
-        "padded": "with padding (a decoder: and a cache) beside",
+        "padded": "with padding beside without",
     }
     rows = [f"{'':<40} {'largest':>9} {'KL':>9} {'top-1':>7}"]
     for name, what in names.items():

@@ -132,7 +132,8 @@ class ReversibleStack(nnx.Module):
         FixedPoint(self.fraction_bits)
         if self.exact and not self.coupling.has_exact:
             raise ValueError(
-                f"{type(self.coupling).__name__} has no exact arithmetic: pass exact=False for float streams."
+                f"{type(self.coupling).__name__} has no exact arithmetic: pass exact=False for float streams. "
+                "(Momentum has it for beta = 1/2, 1/4, 1/16 and 1/256.)"
             )
         if not self.coupling.reversible and any(isinstance(keep, Reverse) for keep in kept):
             raise ValueError(
@@ -218,6 +219,7 @@ class ReversibleStack(nnx.Module):
 
     def _arguments(self, x, key, context, cache, coupling, side) -> dict[str, Any]:
         """What the core takes: pure functions, their stacked parameters, a key for each f."""
+        _refuse_no_key(key)
         self._refuse_unknown(dict(context=context, **side))
         self._refuse_missing(dict(key=key, context=context, **side))
         static = {name: value for name, value in side.items() if isinstance(value, bool | str)}
@@ -265,6 +267,12 @@ class ReversibleStack(nnx.Module):
 def _like(runs: Sequence[Run], leaves: Sequence[Sequence[jax.Array]]) -> list[PyTree]:
     """For each run, its leaves as its parameters have them."""
     return [jax.tree.unflatten(jax.tree.structure(r.params_L), a) for r, a in zip(runs, leaves, strict=True)]
+
+
+def _refuse_no_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    if key is not None and (dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)):
+        raise TypeError(f"key must be a PRNG key, such as jax.random.key(0), but got {key!r}.")
 
 
 def _make_run(makers: Sequence[MakeBlock], keys: jax.Array) -> tuple[list[nnx.Module], tuple[int, ...]]:

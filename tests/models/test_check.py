@@ -209,6 +209,63 @@ def test_a_whole_decoder_passes_with_its_dropout():
     assert report.difference_error <= 1e-6
 
 
+class Kinks(nnx.Module):
+    """Differences over any stretch that is not tiny see some of 16,384 kinks."""
+
+    function = staticmethod(nnx.relu)
+
+    def __init__(self, rngs):
+        self.norm, self.up = nnx.LayerNorm(16, rngs=rngs), nnx.Linear(16, 128, rngs=rngs)
+        self.down = nnx.Linear(128, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.function(self.up(self.norm(x))))
+
+
+class AbsoluteKinks(Kinks):
+    function = staticmethod(jnp.abs)
+
+
+@jax.custom_vjp
+def nearly_relu(x):
+    return nnx.relu(x)
+
+
+nearly_relu.defvjp(lambda x: (nnx.relu(x), x), lambda x, dy: ((1 + 1e-4) * jnp.where(x > 0, dy, 0),))
+
+
+class WrongKinks(Kinks):
+    function = staticmethod(nearly_relu)
+
+
+def report_on_long_rows(block):
+    x = jax.random.normal(jax.random.key(1), (4, 32, 16))
+    return revjax.check(revjax.ReversibleStack(block, num_layers=4, rngs=nnx.Rngs(0)), x)
+
+
+class RootOfZero(Good):
+    def __call__(self, x):
+        return jnp.sqrt(jnp.abs(self.linear(0 * x)))
+
+
+def test_gradients_that_are_not_finite_are_one_fault():
+    report = report_on(RootOfZero)
+    (fault,) = report.faults
+    assert "Gradients hold NaN or infinite numbers" in fault
+    assert report.gradient_error is None and report.difference_error is None
+
+
+@pytest.mark.parametrize("block", [Kinks, AbsoluteKinks])
+def test_a_function_with_kinks_passes_as_strictly_as_others(block):
+    report = report_on_long_rows(block)
+    assert report.ok and not report.notes and report.difference_error <= 1e-6
+
+
+def test_kinks_hide_no_wrong_derivative():
+    (fault,) = report_on_long_rows(WrongKinks).faults
+    assert "differs from finite differences by" in fault and "at most 1e-06" in fault
+
+
 class InFloat32(Good):
     """As attention's scores often are: float32 whatever comes in."""
 

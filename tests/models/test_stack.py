@@ -282,13 +282,20 @@ def test_exact_streams_have_no_reconstruction_error_and_float_streams_do():
     [
         (dict(coupling=revjax.Residual()), "has no inverse"),
         (dict(plan="nothin"), "A plan is"),
+        (dict(plan=None), "A plan is .* but got None"),
         (dict(fraction_bits=31), "fraction_bits must be"),
-        (dict(coupling=revjax.Momentum(0.9)), "no exact arithmetic"),
+        (dict(coupling=revjax.Momentum(0.9)), "no exact arithmetic.* beta = 1/2, 1/4, 1/16 and 1/256"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_when_the_stack_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("key", [0, jnp.ones(2), "0"], ids=repr)
+def test_a_key_that_is_none_is_refused(key):
+    with pytest.raises(TypeError, match=r"key must be a PRNG key, such as jax.random.key\(0\), but got"):
+        revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))(X, key=key)
 
 
 def test_booleans_and_strings_stay_what_they_are():
