@@ -133,6 +133,8 @@ def instruction_origins(compiled: Any) -> dict[str, Origin]:
         instruction = walk.instructions[id]
         category, line = walk.origin((id, ()))
         loop = next((loop.name for loop in walk.loops if loop.start <= at < loop.end), "")
+        if loop and line.startswith("revjax/training/step.py"):  # who asked for the loop, which is no update
+            category = OTHER
         found[instruction.name] = Origin(instruction.opcode, category, line, loop)
     return found
 
