@@ -4,6 +4,7 @@ What a step takes follows from its configuration, from the code that makes it, a
 name of a file is a digest of all of these, so that nothing is ever read that may have changed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +12,6 @@ import json
 import os
 import pathlib
 import platform
-import tempfile
 
 import jax
 
@@ -39,13 +39,14 @@ def remember(config: RunConfig, found: int, *, to_run: bool) -> None:
     path = _path(config, to_run)
     if path is None:
         return
-    try:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"bytes": found, "name": config.run.name, "versions": versions()}, file)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+        try:
+            temporary.write_text(json.dumps({"bytes": found, "name": config.run.name, "versions": versions()}))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk
 
 
 def _path(config: RunConfig, to_run: bool) -> pathlib.Path | None:

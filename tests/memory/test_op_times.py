@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from revjax.memory import op_times
+from revjax.memory.timeline import instruction_origins
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +40,17 @@ def test_every_call_of_an_operation_is_counted_in_its_loop(compiled, tmp_path):
 def test_a_program_that_did_not_run_is_an_error(compiled):
     with pytest.raises(ValueError, match="saw no operation"):
         op_times(compiled, lambda: None, steps=1)
+
+
+def test_who_asks_for_a_loop_is_not_what_it_is_for():
+    lines = [
+        "def step(w_L, x):",
+        "    y = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_L)[0]",
+        "    return jnp.sort(y)",
+    ]
+    known = {"jax": jax, "jnp": jnp}
+    exec(compile("\n".join(lines), "/somewhere/revjax/training/step.py", "exec"), known)
+    compiled = jax.jit(known["step"]).lower(jnp.ones((8, 64, 64)), jnp.ones((32, 64))).compile()
+    origins = [o for o in instruction_origins(compiled).values() if o.line.startswith("revjax/training/step.py")]
+    assert {o.category for o in origins if o.loop} == {"other"}
+    assert {o.category for o in origins if not o.loop} == {"optimizer"}

@@ -292,6 +292,19 @@ def test_what_does_not_fit_together_is_refused_when_the_stack_is_made(options, m
         revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0), **options)
 
 
+def test_a_branch_without_auxiliary_outputs_has_none():
+    class Speaking(Mixer):
+        def __call__(self, x):
+            y = self.linear(x)
+            return y, {"aux": jnp.mean(y)}
+
+    make = lambda *branches: revjax.ReversibleStack(
+        lambda rngs: [branch(rngs) for branch in branches], num_layers=2, rngs=nnx.Rngs(0)
+    )
+    ((silent, speaking),) = make(Mixer, Speaking).scan(X).aux
+    assert silent is None and speaking.shape == (2,) and make(Mixer, Mixer).scan(X).aux is None
+
+
 @pytest.mark.parametrize("key", [0, jnp.ones(2), "0"], ids=repr)
 def test_a_key_that_is_none_is_refused(key):
     with pytest.raises(TypeError, match=r"key must be a PRNG key, such as jax.random.key\(0\), but got"):
