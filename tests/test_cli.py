@@ -335,7 +335,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_generates(tmp_path, capsys):
         out, err = (text.decode() for text in process.communicate(timeout=120))
     assert process.returncode == 130, err
     assert "Traceback" not in err and "SIGINT: ending after this step, with a checkpoint" in err
-    assert "34,976 parameters" in out and "with jax.checkpoint" in out and "interrupted after step" in out
+    assert "35,008 parameters" in out and "with jax.checkpoint" in out and "interrupted after step" in out
     assert experiment.load_run(tmp_path / "runs" / "tiny").model.config.d_model == 32
     assert cli.main(["generate", str(tmp_path / "runs" / "tiny"), "--prompt=def ", "--max_new_tokens=4"]) == 0
     assert capsys.readouterr().out.startswith("def ")

@@ -2,12 +2,13 @@
 
 Each way is compiled and timed by itself, one after the other in one process: a device of one's own keeps its speed (the
 spread is told). Steps are dispatched in a row, as in training, so that the host is not waited for. Utilisation is told
-against the data sheet's peak and against that of a large product measured here.
+against the data sheet's peak and against that of a large product measured here, and energy where the driver tells it.
 """
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from ..errors import ConfigError
-from ..memory import RIVALS, peak_flops
+from ..memory import RIVALS, gpu_use, peak_flops
 from ..models import Decoder, DecoderConfig, flops_per_token, hardware_flops_per_token, preset
 from .rivals import PLANS, gradient_of
 
@@ -79,6 +80,9 @@ def accelerator(config: AcceleratorConfig, *, seed: int = 0) -> dict[str, Any]:
                 result = program(model, tokens)
             jax.block_until_ready(result)
             seconds.append((time.perf_counter() - start) / config.steps)
+        del result
+        if config.repeats:
+            row |= _energy(lambda: jax.block_until_ready(program(model, tokens)), tokens.size)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -98,6 +102,15 @@ def accelerator(config: AcceleratorConfig, *, seed: int = 0) -> dict[str, Any]:
         done = per_second * hardware_flops_per_token(decoder, config.sequence_length, plan)
         row["hardware_flops_of_gemm"] = done / row["gemm_flops"]
     return row
+
+
+def _energy(step: Callable[[], Any], num_tokens: int) -> dict[str, Any]:
+    """Joules of a step and of a token, and watts; or why there are none."""
+    try:
+        use = gpu_use(step, seconds=2.0)[0]
+    except ValueError as e:
+        return {"no_energy": str(e)}
+    return {"joules": use.step_joules, "joules_per_token": use.step_joules / num_tokens, "watts": use.watts}
 
 
 def _graph(decoder: DecoderConfig, way: str) -> Any:

@@ -109,7 +109,6 @@ class FamilyConfig(ExactnessConfig):
             dropout=0.1,
             stochastic_depth=self.stochastic_depth,
             coupling=self.coupling,
-            readout="last" if self.coupling.startswith("near-residual") else "auto",
             dtype=self.dtype,  # pyright: ignore[reportArgumentType]
             **FAMILIES.get(self.family, {}),
         )

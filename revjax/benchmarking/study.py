@@ -98,6 +98,7 @@ def fingerprint(config: RunConfig) -> str:
     """
     settings = _without_null(dataclasses.asdict(config))
     del settings["run"]
+    settings["model"]["readout"] = config.model.resolved_readout  # whatever "auto" means by now
     for section, name, only in (
         ("model", "family", "decoder"),
         ("model", "norm_placement", "pre"),

@@ -175,7 +175,7 @@ ABOUT = {
     "peers": "time and memory beside reversible libraries of PyTorch; installs them (half an hour)",
     "rivals": "every plan beside every form of jax.checkpoint, memory and time in pairs (half an hour)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
-    "accelerator": "a decoder of 1.2 billion on one GPU: memory and time of every plan and rival (eight minutes there)",
+    "accelerator": "a decoder of 1.2 billion on one GPU: memory, time and energy of every way (ten minutes there)",
     "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",
 }  # on two CPU cores
 

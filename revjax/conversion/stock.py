@@ -44,6 +44,8 @@ def write_pretrained(
     finite.
     """
     family, theirs = stock_config(config, like)
+    if _says(family, theirs, config) != architecture(config):
+        config, read = _without_embedding_scale(config), _folded(config, read)
     target = np.dtype(DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]])
     of_role, tensors = family.tensors_of(config), dict(_theirs(family, config))
     shapes = {
@@ -89,6 +91,8 @@ def stock_config(config: ModelConfig, like: Mapping[str, Any] | None = None) -> 
                 return family, theirs
         except (ConfigError, KeyError):  # it cannot even be said
             continue
+    if (folded := _without_embedding_scale(config)) != config:
+        return stock_config(folded, like)
     hint = ""
     if isinstance(config, DecoderConfig):
         hint = (
@@ -151,6 +155,34 @@ def _pattern(config: ModelConfig) -> tuple:
     return () if config.window is None or "global" not in config.period else config.period
 
 
+def _without_embedding_scale(config: ModelConfig) -> ModelConfig:
+    """`config` with larger embeddings instead of a factor, where it can be: see `_folded`."""
+    if not isinstance(config, DecoderConfig) or config.embedding_scale == 0:
+        return config
+    if config.tie_embeddings and config.norm_placement == "post":  # there is no last norm
+        return config
+    return dataclasses.replace(config, embedding_scale=1.0)
+
+
+def _folded(config: ModelConfig, read: Read) -> Read:
+    """Parameters of the same network without `embedding_scale`, which most families have no field for.
+
+    E' = scale E; and where the head is tied to E, the last norm is divided: (norm / scale) . E' = norm . E. With a
+    scale that is a power of two this is so to the bit.
+    """
+    assert isinstance(config, DecoderConfig)
+    scale, offset = config.embedding_scale, config.norm_offset
+    change: dict[str, Callable[[np.ndarray], np.ndarray]] = {"embedding.table": lambda x: x * scale}
+    if config.tie_embeddings:
+        change |= {"norm.scale": lambda x: (x + offset) / scale - offset, "norm.bias": lambda x: x / scale}
+
+    def folded(name: str, index: int | None) -> np.ndarray:
+        value = read(name, index)
+        return change[name](value.astype(np.float32)) if name in change else value
+
+    return folded
+
+
 def _check_coupling(config: ModelConfig) -> None:
     coupling = parse_coupling(config.coupling).for_step(None)
     near = coupling.order == 1 or config.coupling.partition(":")[0] == "near-residual"
@@ -160,7 +192,7 @@ def _check_coupling(config: ModelConfig) -> None:
             "architecture with its parameters. Train one with --model.coupling=near-residual:4, bdia:4 or residual."
         )
     own = {"layer_scale": config.layer_scale is not None, "second_stream": config.second_stream == "own"}
-    own |= {"readout": config.readout in ("learned", "concat")}
+    own |= {"readout": config.resolved_readout in ("learned", "concat")}
     if any(own.values()):
         names = ", ".join(name for name, is_there in own.items() if is_there)
         raise ConfigError(f"A stock architecture has no place for the parameters of {names}.")

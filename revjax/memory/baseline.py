@@ -56,7 +56,7 @@ def _residual_scan(stack: ReversibleStack, rival: str, config: TransformerConfig
     """As `ReversibleStack.scan`; there is one stream, and nothing random."""
     assert key is None, "rivals are measured without dropout"
     x = residual_stack(stack, streams[1].astype(jnp.dtype(config.dtype)), rival, **inputs)
-    return types.SimpleNamespace(streams=(x if config.readout == "concat" else None, x))
+    return types.SimpleNamespace(streams=(x if config.resolved_readout == "concat" else None, x))
 
 
 def residual_stack(stack: ReversibleStack, x: jax.Array, rival: str = "checkpoint", **inputs: Any) -> jax.Array:

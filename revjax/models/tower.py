@@ -4,6 +4,7 @@
                last       norm(x[l])
                learned    norm(a x[l-1] + c x[l])          a, c for each channel, 1/2 at the start
                concat     halves of norm([x[l-1], x[l]]), added: Reformer's, for a head that is tied
+               auto       last with couplings near the ordinary network, concat with others
 
 Layers that norm what they return (`norm_placement: post`) need no norm there, but for concat.
 """
@@ -57,7 +58,7 @@ class Tower(nnx.Module):
             gather=gather,
             rngs=rngs,
         )
-        self.readout = self.stack.coupling.readout if config.readout == "auto" else config.readout
+        self.readout = config.resolved_readout
         learned, both = self.readout == "learned", self.readout == "concat"
         self.readout_scale = nnx.Param(jnp.full((2, config.d_model), 0.5)) if learned else None
         normed = config.norm_placement == "post" and not both

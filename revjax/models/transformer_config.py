@@ -54,7 +54,7 @@ class TransformerConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters, and of their gradients
     coupling: str = "revnet"  # "near-residual:1", ...: see revjax.parse_coupling
     granularity: Literal["branch", "block"] = "branch"  # what one f is
-    readout: Literal["auto", "mean", "last", "learned", "concat"] = "auto"  # of the streams; auto: as the coupling says
+    readout: Literal["auto", "mean", "last", "learned", "concat"] = "auto"  # of the streams; auto: see resolved_readout
     second_stream: Literal["copy", "zero", "own"] = "copy"  # begins as the first, as 0, or as an embedding of its own
     lora: LoRAConfig | None = None  # train small adapters, and freeze everything else; null trains everything
     layer_scale: float | None = None  # start of a learned factor for each channel of every increment; null is none
@@ -123,6 +123,14 @@ class TransformerConfig:
                 f"norm_placement post makes streams of the coupling {self.coupling!r} grow by {growth:.2g} with every "
                 "f. Take near-residual:4, bdia:4 or residual, or norm_placement: pre."
             )
+
+    @property
+    def resolved_readout(self) -> Literal["mean", "last", "learned", "concat"]:
+        """`readout`; for "auto" the best measured, concat, and last where a head of the ordinary network is to fit."""
+        if self.readout != "auto":
+            return self.readout
+        near = self.coupling.partition(":")[0] == "near-residual" or _coupling(self.coupling).readout == "last"
+        return "last" if near else "concat"
 
     @property
     def kv_heads(self) -> int:

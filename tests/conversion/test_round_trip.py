@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -79,6 +80,25 @@ def test_parameters_come_back_to_the_bit(family, granularity, tmp_path):
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
     same = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again")]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])  # tied, not tied, norms with a bias
+def test_a_factor_of_embeddings_goes_out_in_the_table(family, tmp_path):
+    config = config_of(family, coupling="residual", exact=False, dtype="float32", embedding_scale=8.0)
+    params = write_random(config, tmp_path / "hf")
+    from_hf(tmp_path / "hf", FromHFConfig(output=str(tmp_path / "run"), coupling="residual", measure=False))
+    found = load_run(tmp_path / "run").model
+    assert found.config.embedding_scale == 1
+    np.testing.assert_array_equal(found.embedding.table[...], 8 * params["embedding.table"])
+
+    configs = (dataclasses.replace(config, embedding_scale=scale) for scale in (8.0, 1.0))
+    before, after = (Decoder(x, plan="inputs", rngs=nnx.Rngs(0)) for x in configs)
+    flat = nnx.to_flat_state(nnx.state(before, nnx.Param))
+    nnx.update(before, nnx.from_flat_state([(at, p.replace(params[".".join(map(str, at))])) for at, p in flat]))
+    nnx.update(after, nnx.state(found, nnx.Param))
+    tokens = jnp.arange(1, 25)[None]
+    logits = jax.jit(lambda model: model(tokens))
+    np.testing.assert_array_equal(logits(before), logits(after))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -201,6 +221,8 @@ def test_what_has_no_stock_architecture_is_refused(tmp_path):
         ),
         (dict(coupling="near-residual:1", layer_scale=0.1), "no place for the parameters of layer_scale"),
         (dict(coupling="near-residual:1", readout="learned"), "no place for the parameters of readout"),
+        (dict(coupling="near-residual:1", readout="concat"), "no place for the parameters of readout"),
+        (dict(coupling="bdia:1", gated=False, embedding_scale=8.0), "No family of transformers has this architecture"),
         (dict(coupling="bdia:1", gated=False), "No family of transformers has this architecture"),
     ]:
         with pytest.raises(ConfigError, match=message):
