@@ -173,7 +173,7 @@ ABOUT = {
     "cost": "bytes of a step as counted by hand, beside those of the compiled one, 24 drawn at random (four minutes)",
     "planner": "what the planner would choose for 20 budgets, beside the fastest steps that fit (half an hour)",
     "peers": "time and memory beside reversible libraries of PyTorch; installs them (half an hour)",
-    "rivals": "every plan beside every form of jax.checkpoint, memory and time in pairs (half an hour)",
+    "rivals": "every plan beside every form of jax.checkpoint, memory and time in pairs (an hour)",
     "speed": "time of a step beside jax.checkpoint and stored, in pairs (twenty minutes)",
     "accelerator": "a decoder of 1.2 billion on one GPU: memory, time and energy of every way (ten minutes there)",
     "loop": "time of the training loop beside the bare jitted step, in pairs (two minutes)",
