@@ -95,6 +95,8 @@ def test_a_result_belongs_to_its_settings_and_not_to_those_that_came_later(monke
     found = [fingerprint(load(RunConfig, (), settings, environ={})) for settings in ([], *([x] for x in others))]
     assert len(set(found)) == 5
     assert fingerprint(load(RunConfig, (), ["--run.name=b", "--run.folder=c"], environ={})) == found[0]
+    read = [fingerprint(load(RunConfig, (), [f"--model.readout={x}"], environ={})) for x in ("concat", "mean")]
+    assert read[0] == found[0] != read[1]  # what auto comes to
     asdict = dataclasses.asdict
     with_more = lambda config: asdict(config) | {"new": None, "model": asdict(config.model) | {"new": None}}
     monkeypatch.setattr(study_module.dataclasses, "asdict", lambda x: with_more(x) if x is config else asdict(x))

@@ -77,6 +77,12 @@ def test_plans_and_rivals_are_drawn(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) | {"seconds": None} for line in (tmp_path / "rivals.jsonl").read_text().splitlines()]
     plot_frontier(rows, tmp_path / "nothing.png", title="a device on which nothing fits")
     assert not (tmp_path / "nothing.png").exists()
+    paired = [
+        row | {"seconds": i, "to_nothing": 1, "to_nothing_low": 0.9, "to_nothing_high": 9} for i, row in enumerate(rows)
+    ]
+    for name, given in {"paired": paired, "later": [row | {"seconds": 5} for row in paired]}.items():
+        plot_frontier(given, tmp_path / f"{name}.png", title="")
+    assert (tmp_path / "paired.png").read_bytes() == (tmp_path / "later.png").read_bytes()  # not of other minutes
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import types
 import jax
 import pytest
 
+from revjax.benchmarking.accelerator import _energy
 from revjax.experiment import describe_gpu_use
 from revjax.memory import gpu_use
 
@@ -76,6 +77,16 @@ def test_energy_is_the_counters_difference_by_step(two_devices, monkeypatch):
         line.startswith("power        ") and "14.7 J a step, 14.7 mJ a token" in line and "(device 0, 3 steps" in line
     )
     assert other.startswith("             ") and "(device 1, 3 steps" in other
+
+
+def test_rows_of_the_benchmark_have_energy_or_say_why_not(two_devices, monkeypatch):
+    driver = Driver()
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    found = _energy(driver.step, 100)
+    assert found["joules"] == pytest.approx((11 * driver.steps + 11) / driver.steps)
+    assert found["joules_per_token"] == found["joules"] / 100 and found["watts"] > 0
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "nvidia-ml-py is not installed" in _energy(driver.step, 100)["no_energy"]
 
 
 def test_devices_are_those_that_cuda_shows(two_devices, monkeypatch):
