@@ -59,7 +59,7 @@ def message_of(capsys, argv):
         (["--data.source=no/such/place"], "There is no file or folder 'no/such/place' (data.source)"),
         (["--data.source=empty"], "No text for data.source 'empty': no file is there."),
         (["--data.source=blank"], "No text in blank/a.txt: all are documents without text."),
-        (["--data.source=binary"], "No text in binary/a.bin: 1 are not UTF-8 text."),
+        (["--data.source=binary"], "No text in binary/a.bin: 1 not UTF-8 text."),
         (["--data.source=short"], "needs 65 (sequence_length + 1)"),
         (["--run.name=file"], "file is a file, but a run needs a folder."),
         (["--run.name=other"], "is not the folder of a run: it has no config.yaml, but thesis.tex."),

@@ -58,7 +58,7 @@ def call(command: Callable[[list[str]], int], argv: Sequence[str] | None = None)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:  # while nothing was under way that could be saved
-        print("Interrupted.", file=sys.stderr)
+        print("\nInterrupted.", file=sys.stderr)  # below what stands on the line of the terminal
         return 130
 
 

@@ -202,7 +202,7 @@ def read_result(result: PyTree) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, Py
 
 
 def _check_increment(f, fx, x):
-    if isinstance(fx, jax.ShapeDtypeStruct) and (fx.shape != x.shape or not is_float(fx)):
+    if isinstance(fx, jax.ShapeDtypeStruct) and (fx.shape != x.shape or not jnp.issubdtype(fx.dtype, jnp.floating)):
         raise ValueError(
             f"A residual function returns an increment of the shape of x, in floats, but {_name(f)} took "
             f"{x.dtype}{list(x.shape)} and returned {fx.dtype}{list(fx.shape)}."

@@ -22,7 +22,7 @@ def make_augment(config: ImagesConfig) -> Callable[[jax.Array, jax.Array], jax.A
         pix: Any = importlib.import_module("dm_pix")
     except ImportError:
         raise DataError(
-            "dm-pix is not installed (data.crop_padding, data.rotate and data.flip need it): pip install '.[vision]'"
+            "dm-pix is not installed (data.crop_padding, data.rotate and data.flip need it): pip install -e '.[vision]'"
         ) from None
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:

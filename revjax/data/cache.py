@@ -179,7 +179,7 @@ def _write(folder: pathlib.Path, documents: Documents, tokenizer: Tokenizer, dty
                 progress.update(-(-documents.bytes_read // 10**6) - progress.done)
     if not writer.rows:
         not_text = len(documents.not_text)
-        left_out = f"{not_text} are not UTF-8 text" if not_text else f"all are {documents.nothing}"
+        left_out = f"{not_text} not UTF-8 text" if not_text else f"all are {documents.nothing}"
         raise DataError(f"No text in {paths[0]}{f' and {len(paths) - 1} more files' if paths[1:] else ''}: {left_out}.")
     documents.tell_left_out()
     np.save(folder / "documents.npy", np.frombuffer(writer.rows, _DOCUMENTS))

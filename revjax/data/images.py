@@ -248,4 +248,4 @@ def _need(module: str, package: str, why: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DataError(f"{package} is not installed ({why}): pip install '.[vision]'") from None
+        raise DataError(f"{package} is not installed ({why}): pip install -e '.[vision]'") from None

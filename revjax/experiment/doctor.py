@@ -21,7 +21,10 @@ from .compilation import MAX_BYTES
 from .versions import git_revision, versions
 
 PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-OPTIONAL = {"pyarrow": "data", "zstandard": "data", "tensorboardX": "tensorboard", "wandb": "wandb", "libtpu": None}
+OPTIONAL = {
+    **{"pyarrow": "data", "zstandard": "data", "jinja2": "chat", "dm-pix": "vision"},
+    **{"tensorboardX": "tensorboard", "wandb": "wandb", "libtpu": None},
+}
 
 
 def doctor() -> tuple[str, list[str]]:

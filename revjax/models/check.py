@@ -3,7 +3,8 @@
     rebuilt        rows of each layer's stream that the backward pass did not rebuild to the bit: must be 0
     unsafe         elements that were not finite, or did not fit the integers: must be 0
     gradients      against the stored run of the same rounded network: equal, up to the order of sums
-    differences    the gradient along one direction against finite differences, in float64 on float streams
+    differences    the gradient along one direction, and for each array of parameters along one of its own, against
+                   finite differences, in float64 on float streams
 
 It looks for the usual faults as well, and names them: randomness that is not replayed, a variable that is
 written to, a function that is not the same twice, a block that returns x + f(x) instead of f(x), and
@@ -29,6 +30,7 @@ from .stack import MutatedVariableError, ReversibleStack, branch_function, keywo
 PyTree = Any
 TOLERANCE, LOW_TOLERANCE = 1e-5, 3e-2  # relative, of gradients: fp32 sums in another order; bf16 backward passes
 DIFFERENCES_TOLERANCE, FLOAT32_DIFFERENCES_TOLERANCE = 1e-6, 1e-2  # in float64, or where a branch casts to less
+LEAST_SHARE = 1e-2  # of the whole derivative, that the error of one array's is relative to where it is smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, *
     notes: list[str] = []
     if key is None and any(stack.coupling.random for stack in stacks.values()):
         key = jax.random.key(0)  # without one it would be evaluated, as an ordinary network
-    run = functools.partial(_loss, inputs=inputs)
+    run = lambda model, example, key, inputs=inputs: _loss(model, example, key, inputs)
     log = get_logger(__name__).info
     calls, repeat = [], True
     try:
@@ -128,10 +130,15 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, *
             "division by 0, or a root or logarithm of it?"
         )
         return CheckReport(faults, notes, rows, None, None)
+    if unused := [_name(path) for path, g in jax.tree.leaves_with_path(grads) if not jnp.any(g)]:
+        notes.append(
+            f"The gradient is 0 in all of {_listed(unused)}: nothing that is returned depends on it (what is used by "
+            "closure is a copy), or a factor after it is 0 at first."
+        )
     log("check 3 of 4: gradients against the stored run")
     gradient_error = _check_against_stored(run, model, example, key, grads, faults)
     log("check 4 of 4: gradients against differences, in float64")
-    difference_error = _check_against_differences(run, model, example, key, faults, notes)
+    difference_error = _check_against_differences(run, model, example, key, inputs, faults, notes)
     return CheckReport(faults, notes, rows, gradient_error, difference_error)
 
 
@@ -180,6 +187,12 @@ def _check_branches(stack: ReversibleStack, x, keywords: dict, faults: list[str]
             )
             repeat = False
             continue
+        largest, step = float(jnp.max(jnp.abs(run(params, x)))), 2.0**-stack.fraction_bits
+        if stack.exact and 0 < largest < step:
+            notes.append(
+                f"{name} returns increments of at most {largest:.1e}, but streams are whole multiples of {step:.1e}, "
+                "so they are lost or rounded to one: let it begin with larger ones (a larger layer scale)."
+            )
         if _returns_its_input(run, params, x):
             faults.append(
                 f"{name} returns x + f(x), but a branch returns the increment f(x): the coupling adds x. Leave the "
@@ -208,8 +221,10 @@ def _branches(stack: ReversibleStack, x, keywords: dict) -> Iterator[tuple[str, 
     for branch in (branch for branches in stack.runs for branch in branches):
         f, params_L, state_L = branch_function(branch)
         params, state = jax.tree.map(lambda a: a[0], (params_L, state_L))
+        needed = key if "key" in keywords_of(branch, required=True) else None
 
-        def run(params, x, key=key, f=f, state=state):
+        def run(params, x, key=key, f=f, state=state, needed=needed):
+            key = needed if key is None else key
             result = f(params, x, side=(state, key), shared=keywords, **context)
             return result[0] if isinstance(result, tuple) else result
 
@@ -277,19 +292,35 @@ def _check_against_stored(run, model, example, key, grads, faults) -> float:
     return error
 
 
-def _check_against_differences(run, model, example, key, faults, notes) -> float | None:
+def _check_against_differences(run, model, example, key, inputs, faults, notes) -> float | None:
     """d(e) = (loss(p + e v) - loss(p - e v)) / 2e against <gradient, v>, in float64, for one direction v.
 
     d is off by a multiple of e^2, which (4 d(e / 2) - d(e)) / 3 is not (Richardson), by kinks (those of relu) that lie
     within e of p, and by rounding / e: so it is taken at many e, and the nearest counts. v is as large as the
-    parameters, each in its place.
+    parameters, each in its place. Then the same for each array of p by itself, so that none hides behind others. Where
+    a stack is checked by itself, p has x and the context in it.
     """
     with jax.enable_x64(True):
         model64 = _in_float64(model)
-        example = jax.tree.map(_to_float64, example)
-        loss = lambda model: run(model, example, key)
+        example, inputs = jax.tree.map(_to_float64, (example, inputs))
+        graphdef, params, rest = nnx.split(model64, nnx.Param, ...)
+        others = {"x": example, "context": inputs.get("context")} if isinstance(model, ReversibleStack) else {}
+        paths, structure = jax.tree.flatten_with_path((params, others))
+        names = [_name(path[1:]) for path, _ in paths]
+        start = [jnp.asarray(leaf) for _, leaf in paths]
+        moving = [i for i, leaf in enumerate(start) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+        def loss(moved):
+            leaves = list(start)
+            for i, leaf in zip(moving, moved, strict=True):
+                leaves[i] = leaf
+            params, others = jax.tree.unflatten(structure, leaves)
+            context = {"context": others["context"]} if others.get("context") is not None else {}
+            return run(nnx.merge(graphdef, params, rest, copy=True), others.get("x", example), key, inputs | context)
+
+        here = [start[i] for i in moving]
         try:
-            if _low_precision(loss, model64):
+            if _low_precision(loss, here):
                 notes.append(
                     "Not checked against finite differences: a branch computes in low precision whatever its dtype."
                 )
@@ -297,17 +328,33 @@ def _check_against_differences(run, model, example, key, faults, notes) -> float
         except (TypeError, ValueError) as error:
             notes.append(f"Not checked against finite differences: it does not run in float64 ({_first_line(error)}).")
             return None
-        graphdef, params, rest = nnx.split(model64, nnx.Param, ...)
         rng = np.random.default_rng(0)
-        step = jax.tree.map(lambda p: rng.standard_normal(p.shape) * (jnp.sqrt(jnp.mean(p**2)) + 1e-3), params)
-        at = jax.jit(lambda e: loss(nnx.merge(graphdef, jax.tree.map(lambda p, v: p + e * v, params, step), rest)))
-        difference = lambda e: float(at(e) - at(-e)) / (2 * e)
-        numeric = np.array([(4 * difference(e / 2) - difference(e)) / 3 for e in 10.0 ** -np.arange(2, 9)])
-        grads = jax.jit(lambda model: value_and_grad(run)(model, example, key))(model64)[1]
-        exact = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, step))))
-        error = float(np.fmin.reduce(np.abs(numeric - exact) / np.maximum(np.abs(numeric), 1e-12)))  # not a NaN's
-        casting = [] if error <= DIFFERENCES_TOLERANCE else _casting(lambda: loss(model64))
-    tolerance = FLOAT32_DIFFERENCES_TOLERANCE if casting else DIFFERENCES_TOLERANCE
+        direction = [_direction(p, rng) for p in here]
+        grads = jax.jit(jax.grad(loss))(here)
+        slopes = np.array([float(jnp.vdot(g, v)) for g, v in zip(grads, direction, strict=True)])
+        at = jax.jit(lambda e: loss([p + e_i * v for p, e_i, v in zip(here, e, direction, strict=True)]))
+
+        def error_along(which: np.ndarray, good_enough: float = 0.0, least: float = 1e-12) -> float:
+            """Of the derivative where the arrays of `which` (1 or 0 for each) move, relative to it or to `least`."""
+            difference = lambda e: float(at(e * which) - at(-e * which)) / (2 * e)
+            nearest = np.inf
+            for e in 10.0 ** -np.arange(2, 9):
+                numeric = (4 * difference(e / 2) - difference(e)) / 3
+                nearest = np.fmin(nearest, abs(numeric - slopes @ which) / max(abs(numeric), least))  # not a NaN's
+                if nearest <= good_enough:
+                    break
+            return float(nearest)
+
+        error = error_along(np.ones(len(here)))
+        least = LEAST_SHARE * float(np.linalg.norm(slopes))
+        each = lambda j: error_along(np.eye(len(here))[j], DIFFERENCES_TOLERANCE, least)
+        alone = {names[i]: each(j) for j, i in enumerate(moving)}
+        strictly = max([error, *alone.values()]) <= DIFFERENCES_TOLERANCE
+        casting = [] if strictly else _casting(lambda: loss(here))
+        tolerance = FLOAT32_DIFFERENCES_TOLERANCE if casting else DIFFERENCES_TOLERANCE
+        wrong = {name: error for name, error in alone.items() if not error <= tolerance}
+        error = max([error, *wrong.values()])
+        stops = not error <= tolerance and "stop_gradient" in str(jax.make_jaxpr(loss)(here))
     if casting:
         notes.append(
             f"Differences are no more precise than float32 ({', '.join(casting)}: cast to it, whatever comes in). "
@@ -315,11 +362,27 @@ def _check_against_differences(run, model, example, key, faults, notes) -> float
         )
     if not error <= tolerance:
         faults.append(
-            f"The gradient along one direction differs from finite differences by {error:.1e} (float64; at most "
-            f"{tolerance:.0e}). Is a derivative of its own (jax.custom_vjp) wrong, or rounded? (Of many millions of "
-            "activations with kinks, as relu's, some are always met: ask with a smaller example.)"
+            f"The gradient of {_listed(list(wrong)) or 'all together'} differs from finite differences by {error:.1e} "
+            f"(float64; at most {tolerance:.0e}). Is a derivative of its own (jax.custom_vjp) wrong, or rounded? (Of "
+            "many millions of activations with kinks, as relu's, some are always met: ask with a smaller example.)"
+            + (" (Where stop_gradient is meant to give another derivative, check cannot tell.)" if stops else "")
         )
     return error
+
+
+def _direction(p: jax.Array, rng: np.random.Generator) -> jax.Array:
+    """As large as p; of zeros, a tenth."""
+    size = jnp.sqrt(jnp.mean(p**2))
+    return jnp.asarray(rng.standard_normal(p.shape)) * jnp.where(size > 0, size + 1e-3, 0.1)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _casting(loss: Callable) -> list[str]:
@@ -364,7 +427,8 @@ def _in_float64(model: nnx.Module) -> nnx.Module:
 
 
 def _to_float64(a):
-    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    is_float = isinstance(a, (jax.Array, np.ndarray)) and jnp.issubdtype(a.dtype, jnp.floating)
+    return a.astype(jnp.float64) if is_float else a
 
 
 def _distance(a: PyTree, b: PyTree) -> float:

@@ -10,11 +10,13 @@ from one key by its place, and the backward pass replays it.
 
 import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..core import (
@@ -98,9 +100,9 @@ class ReversibleStack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         makers = tuple(make_block) if isinstance(make_block, Sequence) else (make_block,)
-        if num_layers < 1 or not makers:
+        if not isinstance(num_layers, numbers.Integral) or num_layers < 1 or not makers:
             raise ValueError(
-                "A stack needs num_layers of at least 1 and one make_block or a list of them, but got "
+                "A stack needs num_layers of at least 1, a whole number, and one make_block or a list of them, but got "
                 f"num_layers={num_layers} and {len(makers)} make_block."
             )
         for make in makers:
@@ -112,6 +114,10 @@ class ReversibleStack(nnx.Module):
                 )
         self.num_layers = num_layers
         coupling = parse_coupling(coupling) if isinstance(coupling, str) else coupling
+        if not (coupling is None or isinstance(coupling, AbstractCoupling)):
+            raise TypeError(
+                f"coupling must be a coupling, such as revjax.NearResidual(4), or its name, but got {coupling!r}."
+            )
         self.coupling = nnx.static(RevNet() if coupling is None else coupling)
         self.plan, self.exact, self.fraction_bits = plan, exact, fraction_bits
         self.constrain, self.gather = nnx.static(constrain), nnx.static(gather)
@@ -270,8 +276,10 @@ def _like(runs: Sequence[Run], leaves: Sequence[Sequence[jax.Array]]) -> list[Py
 
 
 def _refuse_no_key(key: Any) -> None:
-    dtype = getattr(key, "dtype", None)
-    if key is not None and (dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)):
+    is_key = isinstance(key, jax.Array | np.ndarray) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if key is not None and not is_key:
         raise TypeError(f"key must be a PRNG key, such as jax.random.key(0), but got {key!r}.")
 
 
@@ -287,6 +295,8 @@ def _make_run(makers: Sequence[MakeBlock], keys: jax.Array) -> tuple[list[nnx.Mo
 
 def _as_branches(block) -> list[nnx.Module]:
     branches = list(block) if isinstance(block, (Sequence, nnx.List)) else [block]
+    if not branches:
+        raise TypeError("make_block(rngs) must return an nnx.Module, or a list of them, but its list is empty.")
     for branch in branches:
         if not isinstance(branch, nnx.Module) or not callable(branch):
             raise TypeError(
@@ -381,12 +391,15 @@ def _refuse_mutation(module: nnx.Module, before: dict[Any, Any]) -> None:
         raise MutatedVariableError(
             f"{type(module).__name__} draws random numbers from a stream that it holds ({names}), which the backward "
             "pass cannot replay. Take the key as an argument instead: `def __call__(self, x, *, key=None)`, and "
-            "revjax.nn.dropout(x, rate, key); the stack hands each branch its own key from stack(x, key=key)."
+            "revjax.nn.dropout(x, rate, key); the stack hands each branch its own key from stack(x, key=key). (nnx.RNN "
+            "draws its first carry so: give it initial_carry=.)"
         )
     raise MutatedVariableError(
         f"{type(module).__name__} changes its variables when it is called ({names}), but it is called twice for each "
         "step, and what it writes is lost. A residual branch must not change state: return statistics as "
-        "(increment, {'aux': ...}), or use a layer without them (LayerNorm instead of BatchNorm)."
+        "(increment, {'aux': ...}), or use a layer without them (LayerNorm instead of BatchNorm). (nnx.jit, nnx.remat "
+        "and their like write all variables back: leave them out, since the stack is jitted and rebuilt as a whole, or "
+        "transform a function of arrays with jax's own.)"
     )
 
 

@@ -111,7 +111,7 @@ def plot_runs(summaries: list[RunSummary], path: pathlib.Path) -> None:
     if drawn:  # as in loss.png, the first steps may be above the frame
         margin = 0.05 * max(highest - lowest, 0.1)
         axes.set_ylim(lowest - margin, highest + margin)
-    axes.set(xlabel="step", ylabel="loss in bits per byte of text, or nats (dashed: held out)")
+    axes.set(xlabel="step", ylabel="bits per byte of text, or nats (dashed: held out)")
     axes.grid(color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -88,7 +88,8 @@ class RunFolder:
             more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
             raise RunFolderError(
                 f"{self.path} holds a run with another configuration: {shown}{more}. Give this run a name of its own, "
-                f"--run.name={self.path.name}-2, or go on with the change, --allow-change={','.join(different)}."
+                f"--run.name={self.path.name}-2, or, where its parameters keep their shapes, go on with the change, "
+                f"--allow-change={','.join(different)}."
             )
 
     def claim(self, header: str) -> None:

@@ -88,6 +88,8 @@ def test_a_function_that_changes_the_shape_is_an_error():
         total(run=Run(lambda w, x: x[..., :2], W))
     with pytest.raises(ValueError, match="in floats, but <lambda> took float32.* and returned int32"):
         total(run=Run(lambda w, x: x.astype(jnp.int32), W))
+    with pytest.raises(ValueError, match="in floats, but <lambda> took float32.* and returned complex64"):
+        total(run=Run(lambda w, x: jnp.fft.fft(x), W))
 
 
 @pytest.mark.parametrize(

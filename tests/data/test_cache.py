@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_hold_it_is_named(paths, tmp_path):
         make(paths, tmp_path)
 
 
-@pytest.mark.parametrize("text, message", [("", "all are documents without text"), ("a\0", "1 are not UTF-8 text")])
+@pytest.mark.parametrize("text, message", [("", "all are documents without text"), ("a\0", "1 not UTF-8 text")])
 def test_files_without_any_text_are_an_error(tmp_path, text, message):
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(DataError, match=message):

@@ -92,6 +92,48 @@ class WrongDerivative(Good):
         return wrong_derivative(self.linear(x))
 
 
+class WrongWhereZero(Good):
+    """A modulation that begins at 0, in float32, whose derivative has the wrong sign. Key and context are required."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.modulation = nnx.Linear(X.shape[-1], X.shape[-1], kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x, *, key, context):
+        modulation = reversed_derivative(self.modulation(context))[:, None].astype(jnp.float32)
+        return revjax.nn.dropout(jnp.tanh(self.linear(x)) * (1 + modulation), 0.1, key)
+
+
+@jax.custom_vjp
+def reversed_derivative(x):
+    return x
+
+
+reversed_derivative.defvjp(lambda x: (x, None), lambda _, dy: (-dy,))
+
+
+class WrongContext(Good):
+    def __call__(self, x, *, context):
+        return jnp.tanh(self.linear(x)) + reversed_derivative(context)[:, None]
+
+
+class Rounds(Good):
+    def __call__(self, x):
+        y = self.linear(x)
+        return jnp.tanh(y + jax.lax.stop_gradient(jnp.round(y) - y))
+
+
+class Tiny(Good):
+    def __call__(self, x):
+        return 1e-6 * jnp.tanh(self.linear(x))
+
+
+class HasMore(Good):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.unused = nnx.Param(jnp.ones(3))
+
+
 def report_on(block, **options):
     return revjax.check(revjax.ReversibleStack(block, num_layers=3, rngs=nnx.Rngs(0), **options), X)
 
@@ -110,6 +152,28 @@ def test_a_key_that_no_branch_takes_is_worth_a_note():
     assert report.ok and ["no branch takes one, so nothing is random" in note for note in report.notes] == [True]
 
 
+def test_a_wrong_derivative_of_what_begins_at_zero_or_comes_from_outside_is_named():
+    stack = revjax.ReversibleStack(WrongWhereZero, num_layers=3, rngs=nnx.Rngs(0))
+    context = jnp.ones((X.shape[0], X.shape[-1]))
+    (fault,) = revjax.check(stack, X, key=jax.random.key(0), context=context).faults
+    assert "The gradient of runs.0.0.modulation.bias, runs.0.0.modulation.kernel differs from finite diff" in fault
+    stack = revjax.ReversibleStack(WrongContext, num_layers=3, rngs=nnx.Rngs(0))
+    (fault,) = revjax.check(stack, X, context=context).faults
+    assert "The gradient of context differs from finite differences by 2.0e+00" in fault
+
+
+@pytest.mark.parametrize(
+    "block, noted",
+    [
+        (Tiny, "Tiny returns increments of at most"),
+        (HasMore, "The gradient is 0 in all of runs.0.0.unused"),
+    ],
+)
+def test_what_is_no_fault_but_worth_knowing_is_a_note(block, noted):
+    report = report_on(block)
+    assert report.ok and [noted in note for note in report.notes] == [True]
+
+
 def test_low_precision_passes():
     assert report_on(LowPrecision).ok
 
@@ -125,6 +189,7 @@ def test_low_precision_passes():
         (DrawsFromNumpy, "DrawsFromNumpy is not the same function twice"),
         (Counts, "Counts is not the same function twice"),
         (WrongDerivative, "differs from finite differences"),
+        (Rounds, "Where stop_gradient is meant to give another derivative, check cannot tell"),
     ],
 )
 def test_a_broken_block_is_named(block, named):

@@ -250,6 +250,12 @@ def test_what_is_not_a_block_is_refused():
         revjax.ReversibleStack(lambda rngs: 3, num_layers=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="num_layers of at least 1"):
         revjax.ReversibleStack(Mixer, num_layers=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="a whole number, .* got num_layers=2.0"):
+        revjax.ReversibleStack(Mixer, num_layers=2.0, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="its list is empty"):
+        revjax.ReversibleStack(lambda rngs: [], num_layers=2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="coupling must be a coupling, such as revjax.NearResidual.4., or its name"):
+        revjax.ReversibleStack(Mixer, num_layers=2, coupling=revjax.RevNet, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="must be an nnx.Module, but got dict"):
         revjax.value_and_grad(loss_fn)({}, X)
 
@@ -305,7 +311,7 @@ def test_a_branch_without_auxiliary_outputs_has_none():
     assert silent is None and speaking.shape == (2,) and make(Mixer, Mixer).scan(X).aux is None
 
 
-@pytest.mark.parametrize("key", [0, jnp.ones(2), "0"], ids=repr)
+@pytest.mark.parametrize("key", [0, jnp.ones(2), "0", nnx.Rngs(0)], ids=["0", "floats", "text", "Rngs"])
 def test_a_key_that_is_none_is_refused(key):
     with pytest.raises(TypeError, match=r"key must be a PRNG key, such as jax.random.key\(0\), but got"):
         revjax.ReversibleStack(Mixer, num_layers=2, rngs=nnx.Rngs(0))(X, key=key)
