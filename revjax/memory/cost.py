@@ -33,11 +33,10 @@ from ..nn.blocks import choose_blocks
 # FLOPs in the time that one byte takes from memory, where nothing is known of the device (see `devices.HARDWARE`).
 _BALANCE = {"cpu": 10.0}
 _DEFAULT_BALANCE = 250.0
-# A byte that is kept for the backward pass is moved twice: written and read. On a CPU it is fresh memory too, whose pages
-# the system makes first, once for all micro-batches of a step: plans of six shapes, timed in turn, cost 0 to 16 moves
-# altogether (bf16 more than fp32), about 6.
-_MOVES = 2.0
-_FRESH_MOVES = {"cpu": 4.0}
+# How often a byte that is kept for the backward pass is moved: written and read. On a CPU it is fresh memory too, whose
+# pages the system makes first: plans of six shapes, timed in turn, cost 0 to 16 moves (bf16 more than fp32), about 6.
+_MOVES = {"cpu": 6.0}
+_DEFAULT_MOVES = 2.0
 # The same for a byte that is kept on the host, over its link: on an H200, a step of `jax.checkpoint` whose 3.2 GB of
 # layer inputs went to the host and back took 62 and 72 ms longer (docs/studies/accelerator.jsonl), 92 and 107 moves.
 _HOST_MOVES = 100.0
@@ -118,8 +117,8 @@ def step_cost(
         moments["MLP"] = max(moments["MLP"], there + changing + _mlp(sizes, _manner(keep)))
     moved = _moved(config, batch_size, sequence_length, plan, accumulation, num_params, num_frozen)
     balance = balance or _BALANCE.get(jax.default_backend(), _DEFAULT_BALANCE)
-    moved += accumulation * (_MOVES * kept + _HOST_MOVES * sum(_kept_on_host(sizes, *part) for part in parts))
-    moved += _FRESH_MOVES.get(jax.default_backend(), 0.0) * kept
+    moves = _MOVES.get(jax.default_backend(), _DEFAULT_MOVES)
+    moved += accumulation * (moves * kept + _HOST_MOVES * sum(_kept_on_host(sizes, *part) for part in parts))
     time = flops + balance * moved
     return Cost(state_bytes, moments, kept, time)
 
