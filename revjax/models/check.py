@@ -24,13 +24,12 @@ from flax import nnx
 
 from ..core.pin import pin
 from ..logging import get_logger
+from .differences import check_against_differences, listed, low_precision, name_of
 from .gradients import stacks_of, value_and_grad
 from .stack import MutatedVariableError, ReversibleStack, branch_function, keywords_of
 
 PyTree = Any
 TOLERANCE, LOW_TOLERANCE = 1e-5, 3e-2  # relative, of gradients: fp32 sums in another order; bf16 backward passes
-DIFFERENCES_TOLERANCE, FLOAT32_DIFFERENCES_TOLERANCE = 1e-6, 1e-2  # in float64, or where a branch casts to less
-LEAST_SHARE = 1e-2  # of the whole derivative, that the error of one array's is relative to where it is smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +129,15 @@ def check(model: nnx.Module, example: PyTree, *, key: jax.Array | None = None, *
             "division by 0, or a root or logarithm of it?"
         )
         return CheckReport(faults, notes, rows, None, None)
-    if unused := [_name(path) for path, g in jax.tree.leaves_with_path(grads) if not jnp.any(g)]:
+    if unused := [name_of(path) for path, g in jax.tree.leaves_with_path(grads) if not jnp.any(g)]:
         notes.append(
-            f"The gradient is 0 in all of {_listed(unused)}: nothing that is returned depends on it (what is used by "
+            f"The gradient is 0 in all of {listed(unused)}: nothing that is returned depends on it (what is used by "
             "closure is a copy), or a factor after it is 0 at first."
         )
     log("check 3 of 4: gradients against the stored run")
     gradient_error = _check_against_stored(run, model, example, key, grads, faults)
     log("check 4 of 4: gradients against differences, in float64")
-    difference_error = _check_against_differences(run, model, example, key, inputs, faults, notes)
+    difference_error = check_against_differences(run, model, example, key, inputs, faults, notes, casting=_casting)
     return CheckReport(faults, notes, rows, gradient_error, difference_error)
 
 
@@ -198,7 +197,7 @@ def _check_branches(stack: ReversibleStack, x, keywords: dict, faults: list[str]
                 f"{name} returns x + f(x), but a branch returns the increment f(x): the coupling adds x. Leave the "
                 "residual connection out of the block."
             )
-        if _low_precision(run, params, x) and not _same_beside_gradient(run, params, x):
+        if low_precision(run, params, x) and not _same_beside_gradient(run, params, x):
             if _same_beside_gradient(pin(run), params, x):
                 notes.append(
                     f"{name} computes in low precision, and XLA leaves out different roundings where it is also "
@@ -253,11 +252,6 @@ def _same_beside_gradient(run: Callable, params: PyTree, x: jax.Array) -> bool:
     return _same(alone, with_gradient(params, x)[0])
 
 
-def _low_precision(run: Callable, *args) -> bool:
-    text = str(jax.make_jaxpr(run)(*args))
-    return "bf16[" in text or "f16[" in text
-
-
 def _check_rebuilding(run, model, example, key, faults):
     (_, report), grads = jax.jit(lambda model: value_and_grad(run)(model, example, key))(model)
     rows = []
@@ -283,106 +277,13 @@ def _check_against_stored(run, model, example, key, grads, faults) -> float:
         stack.plan = "all"
     expected = jax.jit(lambda model: value_and_grad(run)(model, example, key))(stored)[1]
     error = _distance(grads, expected)
-    tolerance = LOW_TOLERANCE if _low_precision(lambda m: run(m, example, key), model) else TOLERANCE
+    tolerance = LOW_TOLERANCE if low_precision(lambda m: run(m, example, key), model) else TOLERANCE
     if not error <= tolerance:
         faults.append(
             f"The gradients differ from those of stored activations by {error:.1e}, where {tolerance:.0e} is what the "
             "order of sums explains. Is something in a branch not the same twice?"
         )
     return error
-
-
-def _check_against_differences(run, model, example, key, inputs, faults, notes) -> float | None:
-    """d(e) = (loss(p + e v) - loss(p - e v)) / 2e against <gradient, v>, in float64, for one direction v.
-
-    d is off by a multiple of e^2, which (4 d(e / 2) - d(e)) / 3 is not (Richardson), by kinks (those of relu) that lie
-    within e of p, and by rounding / e: so it is taken at many e, and the nearest counts. v is as large as the
-    parameters, each in its place. Then the same for each array of p by itself, so that none hides behind others. Where
-    a stack is checked by itself, p has x and the context in it.
-    """
-    with jax.enable_x64(True):
-        model64 = _in_float64(model)
-        example, inputs = jax.tree.map(_to_float64, (example, inputs))
-        graphdef, params, rest = nnx.split(model64, nnx.Param, ...)
-        others = {"x": example, "context": inputs.get("context")} if isinstance(model, ReversibleStack) else {}
-        paths, structure = jax.tree.flatten_with_path((params, others))
-        names = [_name(path[1:]) for path, _ in paths]
-        start = [jnp.asarray(leaf) for _, leaf in paths]
-        moving = [i for i, leaf in enumerate(start) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-        def loss(moved):
-            leaves = list(start)
-            for i, leaf in zip(moving, moved, strict=True):
-                leaves[i] = leaf
-            params, others = jax.tree.unflatten(structure, leaves)
-            context = {"context": others["context"]} if others.get("context") is not None else {}
-            return run(nnx.merge(graphdef, params, rest, copy=True), others.get("x", example), key, inputs | context)
-
-        here = [start[i] for i in moving]
-        try:
-            if _low_precision(loss, here):
-                notes.append(
-                    "Not checked against finite differences: a branch computes in low precision whatever its dtype."
-                )
-                return None
-        except (TypeError, ValueError) as error:
-            notes.append(f"Not checked against finite differences: it does not run in float64 ({_first_line(error)}).")
-            return None
-        rng = np.random.default_rng(0)
-        direction = [_direction(p, rng) for p in here]
-        grads = jax.jit(jax.grad(loss))(here)
-        slopes = np.array([float(jnp.vdot(g, v)) for g, v in zip(grads, direction, strict=True)])
-        at = jax.jit(lambda e: loss([p + e_i * v for p, e_i, v in zip(here, e, direction, strict=True)]))
-
-        def error_along(which: np.ndarray, good_enough: float = 0.0, least: float = 1e-12) -> float:
-            """Of the derivative where the arrays of `which` (1 or 0 for each) move, relative to it or to `least`."""
-            difference = lambda e: float(at(e * which) - at(-e * which)) / (2 * e)
-            nearest = np.inf
-            for e in 10.0 ** -np.arange(2, 9):
-                numeric = (4 * difference(e / 2) - difference(e)) / 3
-                nearest = np.fmin(nearest, abs(numeric - slopes @ which) / max(abs(numeric), least))  # not a NaN's
-                if nearest <= good_enough:
-                    break
-            return float(nearest)
-
-        error = error_along(np.ones(len(here)))
-        least = LEAST_SHARE * float(np.linalg.norm(slopes))
-        each = lambda j: error_along(np.eye(len(here))[j], DIFFERENCES_TOLERANCE, least)
-        alone = {names[i]: each(j) for j, i in enumerate(moving)}
-        strictly = max([error, *alone.values()]) <= DIFFERENCES_TOLERANCE
-        casting = [] if strictly else _casting(lambda: loss(here))
-        tolerance = FLOAT32_DIFFERENCES_TOLERANCE if casting else DIFFERENCES_TOLERANCE
-        wrong = {name: error for name, error in alone.items() if not error <= tolerance}
-        error = max([error, *wrong.values()])
-        stops = not error <= tolerance and "stop_gradient" in str(jax.make_jaxpr(loss)(here))
-    if casting:
-        notes.append(
-            f"Differences are no more precise than float32 ({', '.join(casting)}: cast to it, whatever comes in). "
-            "With x.astype(jnp.promote_types(x.dtype, jnp.float32)) instead of x.astype(jnp.float32) they are."
-        )
-    if not error <= tolerance:
-        faults.append(
-            f"The gradient of {_listed(list(wrong)) or 'all together'} differs from finite differences by {error:.1e} "
-            f"(float64; at most {tolerance:.0e}). Is a derivative of its own (jax.custom_vjp) wrong, or rounded? (Of "
-            "many millions of activations with kinks, as relu's, some are always met: ask with a smaller example.)"
-            + (" (Where stop_gradient is meant to give another derivative, check cannot tell.)" if stops else "")
-        )
-    return error
-
-
-def _direction(p: jax.Array, rng: np.random.Generator) -> jax.Array:
-    """As large as p; of zeros, a tenth."""
-    size = jnp.sqrt(jnp.mean(p**2))
-    return jnp.asarray(rng.standard_normal(p.shape)) * jnp.where(size > 0, size + 1e-3, 0.1)
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _casting(loss: Callable) -> list[str]:
@@ -413,31 +314,9 @@ def _casts_down(jaxpr: Any) -> bool:
     return False
 
 
-def _in_float64(model: nnx.Module) -> nnx.Module:
-    """A copy on float streams, with parameters and, where a module says its dtype, computation in float64."""
-    graphdef, state = nnx.split(model)
-    copy = nnx.merge(graphdef, jax.tree.map(_to_float64, state), copy=True)
-    for _, node in nnx.iter_graph(copy):
-        if isinstance(node, ReversibleStack):
-            # The inverse of float streams drifts, and what is asked here is the gradient.
-            node.exact, node.plan = False, "all"
-        if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
-            cast(Any, node).dtype = jnp.dtype("float64")
-    return copy
-
-
-def _to_float64(a):
-    is_float = isinstance(a, (jax.Array, np.ndarray)) and jnp.issubdtype(a.dtype, jnp.floating)
-    return a.astype(jnp.float64) if is_float else a
-
-
 def _distance(a: PyTree, b: PyTree) -> float:
     flat = lambda tree: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
     return float(jnp.linalg.norm(flat(a) - flat(b)) / jnp.maximum(jnp.linalg.norm(flat(b)), 1e-30))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _shortened(rows: list, most: int = 40) -> list:
