@@ -28,7 +28,8 @@ def test_the_python_of_the_guide_runs_as_one_script(capsys):
     out = capsys.readouterr().out
     assert "exact; safe to train" in out
     shallow, deep = map(float, re.search(r"plan nothing: (\S+) kB with 8 layers, (\S+) kB", out).groups())
-    assert deep <= 1.02 * shallow
+    # Of a layer remain keys, counts and checksums of four rows, 0.06 kB for each branch; one stream of it is 12 kB.
+    assert deep - shallow <= 0.15 * (64 - 8)
     same, near, other = (float(off) for off in re.findall(r"off by (\S+)", out))
     assert same < 0.01 < near < 0.5 * other  # the ordinary network, in bf16 as it is and compiled; near it; another
 
