@@ -182,7 +182,7 @@ def test_what_are_no_images_is_refused(tmp_path, folder):
 
 def test_what_is_not_installed_is_named(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "dm_pix", None)
-    with pytest.raises(DataError, match=r"dm-pix is not installed .* pip install '.\[vision\]'"):
+    with pytest.raises(DataError, match=r"dm-pix is not installed .* pip install -e '.\[vision\]'"):
         make_augment(ImagesConfig(flip=True))
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(DataError, match="Pillow is not installed"):
