@@ -368,7 +368,7 @@ def test_a_cast_to_float32_is_no_fault_and_hides_none():
     assert report.ok and ["float32 (the model's output: cast" in note for note in report.notes] == [True]
     report = revjax.check(revjax.ReversibleStack(WrongInFloat32, num_layers=3, rngs=nnx.Rngs(0)), X)
     (fault,) = report.faults
-    assert "differs from finite differences" in fault and "at most 1e-02" in fault
+    assert "linear.kernel, x differs from finite differences" in fault and "at most 1e-02" in fault
 
 
 def test_a_model_without_a_stack_is_an_error():
