@@ -204,6 +204,11 @@ def test_a_plan_fits_its_budget_and_the_smallest_budget_is_told(tmp_path, capsys
     assert cli.main(["plan", TINY, "--budget=balanced"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^> .*compiled", out, re.M) and "--memory.plan=" in out
+    assert cli.main(["plan", TINY, f"--budget={least[1]}", "--time"]) == 0
+    out = capsys.readouterr().out
+    timed = re.findall(r"^(.).* compiled +[\d.]+ +([\d.e-]+) s$", out, re.M)
+    assert f"timed        {len(timed)} of them" in out
+    assert [float(s) for mark, s in timed if mark == ">"] == [min(float(s) for _, s in timed)]
 
 
 @pytest.mark.slow
@@ -222,6 +227,8 @@ def test_the_longest_context_the_deepest_model_and_the_largest_batch_for_a_budge
 def test_what_cannot_be_maximized_is_one_message(capsys):
     assert "There is no size 'depth'." in message_of(capsys, ["plan", TINY, "--maximize=depth", "--budget=1GB"])
     assert "needs a budget in bytes" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--budget=balanced"])
+    assert "--time is for one size" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--time"])
+    assert "timed on the device that is here" in message_of(capsys, ["plan", TINY, "--time", "--hardware=h200"])
     assert "There is no hardware 'h20'. Did you mean 'h200'" in message_of(capsys, ["plan", TINY, "--hardware=h20"])
     assert cli.main(["plan", TINY, "--maximize=layers", "--budget=50kB"]) == 2
     assert "\nerror: Nothing fits into 50 kB: the least" in capsys.readouterr().err

@@ -7,7 +7,6 @@ the ratio of FLOPs: reversing runs each layer's last product again, which `jax.c
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..memory import checkpoint_loss, stored_loss
+from ..memory import checkpoint_loss, in_turn, stored_loss
 from ..models import Decoder, DecoderConfig, hardware_flops_per_token, value_and_grad
 
 
@@ -82,15 +81,8 @@ def _steps() -> dict[str, Callable]:
 
 def paired(a: Callable, b: Callable, pairs: int) -> tuple[tuple[float, float], np.ndarray]:
     """Median seconds of `a` and of `b`, and the ratio a / b of each pair; both are run once before."""
-    a()
-    b()
-    times = np.empty((pairs, 2))
-    for i in range(pairs):
-        for j, f in ((0, a), (1, b)) if i % 2 == 0 else ((1, b), (0, a)):
-            start = time.perf_counter()
-            f()
-            times[i, j] = time.perf_counter() - start
-    return (float(np.median(times[:, 0])), float(np.median(times[:, 1]))), times[:, 0] / times[:, 1]
+    seconds = in_turn([a, b], pairs)
+    return (float(np.median(seconds[:, 0])), float(np.median(seconds[:, 1]))), seconds[:, 0] / seconds[:, 1]
 
 
 def interval(ratios: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""`revjax plan [CONFIG.yaml ...] --budget=40GiB [--maximize=context] [--hardware=h200] [--json] [--plot=FILE.png]`."""
+"""`revjax plan [CONFIG.yaml ...] --budget=40GiB [--time] [--maximize=context] [--hardware=h200] [--json] ...`."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from ..memory import HARDWARE, plot_plans
 from .words import leading_names, run_help, take
 
 USAGE = (
-    "revjax plan [CONFIG.yaml ...] --budget=40GiB [--maximize=context|layers|batch] [--hardware=h200] "
+    "revjax plan [CONFIG.yaml ...] --budget=40GiB [--time] [--maximize=context|layers|batch] [--hardware=h200] "
     "[--section.field=value ...] [--json] [--plot=FILE.png]"
 )
 DESCRIPTION = f"""{USAGE}
@@ -22,6 +22,9 @@ is allocated, and nothing is trained.
 
 The budget is of one device and for everything: 40GiB, 500MB; a part of the device, 0.5; auto, most of the device;
 aggressive, as little as can be; balanced, where less memory begins to cost much more time.
+
+--time takes steps of a few plans that fit, one of each number of micro-batches, on random tokens, and chooses the one
+that is the fastest by the clock. It allocates what one step needs.
 
 --maximize asks the other way round: the longest context, the deepest model or the largest batch for the budget.
 --hardware is the device that is meant, where it is not this one: {", ".join(HARDWARE)}. Its memory and speed are known
@@ -34,14 +37,16 @@ def plan(argv: list[str]) -> int:
     if take(words, "-h", "--help"):
         print(run_help(paths, words, prog="revjax plan", description=DESCRIPTION))
         return 0
-    as_json = take(words, "--json")
+    as_json, timed = take(words, "--json"), take(words, "--time")
     given = {name: _take_value(words, name) for name in ("--budget", "--maximize", "--hardware", "--plot")}
     setup()
     config = load(experiment.RunConfig, paths, words)
     experiment.use_compilation_cache(config.run.compilation_cache)
     budget, what = given["--budget"] or config.memory.budget, given["--maximize"]
     if what is None:
-        sizes, found = {}, experiment.plan(config, budget, given["--hardware"])
+        sizes, found = {}, experiment.plan(config, budget, given["--hardware"], timed=timed)
+    elif timed:
+        raise ConfigError(f"--time is for one size: leave it out, or --maximize={what}.")
     else:
         config, found, sizes = experiment.largest(config, what, budget, given["--hardware"])
     if as_json:

@@ -1,6 +1,7 @@
 """`revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]`."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -52,7 +53,8 @@ def profile(argv: list[str]) -> int:
         plot_timeline(found, folder / "memory.png", title=title)
         (folder / "memory.json").write_text(json.dumps(found.to_json()) + "\n")
         if with_time:
-            step = experiment.stepper(config, ready.train_step, experiment.Program.of(config, ready.devices))
+            take_step = experiment.stepper(config, experiment.Program.of(config, ready.devices))
+            step = functools.partial(take_step, ready.train_step)
             times = _times(ready, step, folder / "trace.json.gz")
             print(f"\n{experiment.describe_time(times)}", flush=True)
             plot_op_times(times, folder / "time.png", title=title)

@@ -27,16 +27,18 @@ def describe_plan(config: RunConfig, found: Found, sizes: dict[str, str] | None 
     assert chosen is not None
     model, data = config.model, config.data
     frontier = found.frontier()
-    shown = sorted({*frontier, chosen}, key=lambda c: (c.time, c.bytes))
+    timed = [c for c in found.candidates if c.seconds is not None]
+    shown = sorted({*frontier, *timed, chosen}, key=lambda c: (c.time, c.bytes))
     fastest = shown[0].time
     i = shown.index(chosen)
-    near = shown[max(i - 4, 0) : i + 5]
-    rows = [("", "plan", "micro-batches", "loss tile", "MLP chunk", "memory", "", "time")]
+    near = [c for k, c in enumerate(shown) if abs(k - i) <= 4 or c in timed]
+    rows = [("", "plan", "micro-batches", "loss tile", "MLP chunk", "memory", "", "time", "a step" if timed else "")]
     for c in near:
         tile, chunk = ("-" if n is None else f"{n:,}" for n in (c.choice.loss_tile, c.choice.mlp_chunk))
         how = "compiled" if c.measured is not None else "estimate"
         cells = (c.choice.plan, str(c.choice.accumulation), tile, chunk, in_bytes(c.bytes), how)
-        rows.append((">" if c is chosen else "", *cells, f"{c.time / fastest:.2f}"))
+        took = "" if c.seconds is None else f"{c.seconds:.3g} s"
+        rows.append((">" if c is chosen else "", *cells, f"{c.time / fastest:.2f}", took))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     compiled = sum(c.measured is not None for c in found.candidates)
@@ -44,9 +46,11 @@ def describe_plan(config: RunConfig, found: Found, sizes: dict[str, str] | None 
         "model": f"{model.num_layers} layers, d_model {model.d_model}, {model.dtype}, coupling {model.coupling}; "
         f"{data.batch_size} x {config.row_length:,} tokens",
         "budget": f"{in_bytes(found.budget)} of a device, for everything: parameters, optimizer, step",
-        "looked at": f"{len(found.candidates)} plans, of which {compiled} compiled; memory of the others, and all "
-        "times (relative), are estimates",
+        "looked at": f"{len(found.candidates)} plans, of which {compiled} compiled; memory of the others, and "
+        "relative times, are estimates",
     }
+    if timed:
+        lines["timed"] = f"{len(timed)} of them, in turn, on this device (a step: median, in seconds)"
     text = [f"{name:<12} {line}" for name, line in lines.items()]
     to_write = sizes | settings(chosen.choice)
     words = " ".join(f"--{name}={shlex.quote(value)}" for name, value in to_write.items())
@@ -57,7 +61,8 @@ def plan_json(config: RunConfig, found: Found, sizes: dict[str, str] | None = No
     """All candidates, and which one was chosen, for `json.dump`; arguments as of `describe_plan`."""
     assert found.chosen is not None
     row = lambda c: (
-        dataclasses.asdict(c.choice) | {"bytes": c.bytes, "compiled": c.measured is not None, "time": c.time}
+        dataclasses.asdict(c.choice)
+        | {"bytes": c.bytes, "compiled": c.measured is not None, "time": c.time, "seconds": c.seconds}
     )
     return {
         "run": config.run.name,

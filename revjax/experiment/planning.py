@@ -8,18 +8,32 @@ logits, or a hidden layer of the MLP, at one time. All of it changes what a step
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..core import parse_coupling
 from ..data import DataConfig, ImagesConfig
 from ..errors import ConfigError, nearest
 from ..logging import get_logger
-from ..memory import Candidate, Choice, Cost, Found, budget_bytes, knee, known_hardware, search, step_cost
+from ..memory import (
+    Candidate,
+    Choice,
+    Cost,
+    Found,
+    budget_bytes,
+    by_the_clock,
+    in_turn,
+    knee,
+    known_hardware,
+    search,
+    step_cost,
+)
 from ..memory import largest as largest_size
 from ..models import DecoderConfig, EncoderConfig, VisionConfig
 from ..training import TrainState, read_config
@@ -27,13 +41,14 @@ from . import step_bytes
 from .config import MemoryConfig, RunConfig
 from .devices import Devices
 from .plan_report import describe_choice, in_bytes
-from .program import Program, bytes_of_step
+from .program import Program, bytes_of_step, stepper
 
 _SMALLEST_TILE, _SMALLEST_CHUNK = 128, 256
+_ROUNDS = 5  # of steps that are timed
 SIZES = {"context": "data.sequence_length", "layers": "model.num_layers", "batch": "data.batch_size"}
 
 
-def plan(config: RunConfig, budget: str, hardware: str | None = None) -> Found:
+def plan(config: RunConfig, budget: str, hardware: str | None = None, *, timed: bool = False) -> Found:
     """Finds the fastest step of `config` for a budget. Compiles a few steps (seconds each); allocates nothing.
 
     Args:
@@ -41,10 +56,16 @@ def plan(config: RunConfig, budget: str, hardware: str | None = None) -> Found:
         (as little as can be) or "balanced" (where less memory begins to cost much more time).
       hardware: the device that parts of it and estimates of time are for, a name of `memory.HARDWARE`; None: the one
         that is here. Programs are compiled for the one that is here all the same.
+      timed: takes steps of a few that fit, one of each number of micro-batches, and chooses by the clock.
 
     Raises `ConfigError` for a budget that is none of these, and where no step fits, with the smallest that does.
     """
-    return _plan(config, budget, hardware, _Compiler(config, to_run=False).bytes_of)
+    if not timed:
+        return _plan(config, budget, hardware, _Compiler(config, to_run=False).bytes_of)
+    if hardware is not None:
+        raise ConfigError(f"Steps are timed on the device that is here, not on {hardware}: leave one of both out.")
+    compiler = _Compiler(config, to_run=True)
+    return by_the_clock(_plan(config, budget, None, compiler.bytes_of), compiler.bytes_of, compiler.seconds_of)
 
 
 def _plan(config: RunConfig, budget: str, hardware: str | None, measure: Callable[[Choice], int]) -> Found:
@@ -288,6 +309,18 @@ class _Compiler:
         found = bytes_of_step(self.latest[1])
         step_bytes.remember(config, found, to_run=self._to_run)
         return found
+
+    def seconds_of(self, choices: list[Choice]) -> list[float]:
+        """The seconds that a step of each takes, in the median of some rounds, in which they take turns."""
+        programs = [Program.of(with_choice(self._config, choice), self._devices) for choice in choices]
+        take_step = stepper(self._config, programs[0])
+        steps = []
+        for choice, program in zip(choices, programs, strict=True):
+            get_logger(__name__).info("timing %s ...", describe_choice(choice))
+            steps.append(functools.partial(take_step, program.compile()))
+        seconds = in_turn(steps, _ROUNDS)
+        of_round = seconds.mean(axis=1, keepdims=True)
+        return (np.median(seconds / of_round, axis=0) * np.median(of_round)).tolist()
 
 
 def _choice_of(config: RunConfig) -> Choice:

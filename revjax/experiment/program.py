@@ -104,8 +104,11 @@ class Program:
         return self.devices.make(lambda params: self.start(united(random(), params)), self.shapes, params)
 
 
-def stepper(config: RunConfig, compiled: Any, program: Program, seed: int = 0) -> Callable[[], None]:
-    """A function that takes one step from a state of its own, on random tokens, and waits until it is done."""
+def stepper(config: RunConfig, program: Program, seed: int = 0) -> Callable[[Any], None]:
+    """A function that takes one step of a compiled program, on random tokens, and waits until it is done.
+
+    Its state is one for all programs that it is given: they may differ in what a planner chooses.
+    """
     state = program.begin(None, None)
     keys = jax.random.split(jax.random.key(seed), len(program.batch))
     ranges = {"weights": (1, 2), "images": (0, 256)}
@@ -120,7 +123,7 @@ def stepper(config: RunConfig, compiled: Any, program: Program, seed: int = 0) -
         }
     )
 
-    def step() -> None:
+    def step(compiled: Any) -> None:
         nonlocal state
         state, _ = jax.block_until_ready(compiled(state, batch))
 

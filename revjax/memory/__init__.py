@@ -29,6 +29,7 @@ from .plan_plot import plot_plans as plot_plans
 from .planner import Candidate as Candidate
 from .planner import Choice as Choice
 from .planner import Found as Found
+from .planner import by_the_clock as by_the_clock
 from .planner import knee as knee
 from .planner import largest as largest
 from .planner import search as search
@@ -36,3 +37,4 @@ from .timeline import Buffer as Buffer
 from .timeline import Timeline as Timeline
 from .timeline import timeline as timeline
 from .timeline_plot import plot_timeline as plot_timeline
+from .turns import in_turn as in_turn

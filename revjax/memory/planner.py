@@ -1,12 +1,13 @@
 """The fastest plan that fits: what is kept for the backward pass, and how a batch is cut, for a number of bytes.
 
-    search    candidates in the order of their predicted time; the first whose compiled step fits is chosen
-    largest   the other way round: how long a context, how many layers or rows a budget allows
+    search         candidates in the order of their predicted time; the first whose compiled step fits is chosen
+    by_the_clock   of a few that fit the fastest by the clock is chosen
+    largest        the other way round: how long a context, how many layers or rows a budget allows
 
 Predictions say what to try and in which order; what is believed is the compiled program. What one program took says
 how far predictions for its kind (the same plan) are off, so that few are compiled.
 
-Nothing is known here of models or of training: candidates come with predictions, and `measure` compiles.
+Nothing is known here of models or of training: candidates come with predictions, `measure` compiles, `clock` runs.
 """
 
 import dataclasses
@@ -40,12 +41,14 @@ class Candidate:
       time: of a step, predicted, in any unit.
       predicted: bytes of everything on one device.
       measured: the same, of the compiled step; None where it was not compiled.
+      seconds: of a step, by the clock; None where none was taken.
     """
 
     choice: Choice
     time: float
     predicted: int
     measured: int | None = None
+    seconds: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -101,6 +104,49 @@ def search(
     least = known[least.choice]
     chosen = least if least.bytes <= budget else None
     return Found(chosen, tuple(known.values()), budget)
+
+
+def by_the_clock(
+    found: Found,
+    measure: Callable[[Choice], int],
+    clock: Callable[[list[Choice]], list[float]],
+    *,
+    slower: float = 0.3,
+    slack: float = 0.15,
+) -> Found:
+    """Returns `found` with another choice where the clock says so.
+
+    What counting sees least is how micro-batches run (caches, fresh memory, the start of each operation), so of each
+    number of them the candidate is timed that is predicted to be the fastest that fits.
+
+    Args:
+      found: of `search`, with something chosen.
+      measure: as of `search`.
+      clock: takes steps of choices, and returns the seconds that one of each takes.
+      slower: candidates predicted to be slower than the chosen one by more than this part are left out.
+    """
+    assert found.chosen is not None
+    known = {c.choice: c for c in found.candidates}
+    finalists = [found.chosen]
+    for accumulation in sorted({choice.accumulation for choice in known} - {found.chosen.choice.accumulation}):
+        may_fit = [
+            c
+            for c in known.values()
+            if c.choice.accumulation == accumulation
+            and c.time <= (1 + slower) * found.chosen.time
+            and c.bytes <= (1 + slack) * found.budget
+        ]
+        if not may_fit:
+            continue
+        of_these = search(may_fit, found.budget, measure, slack=slack)
+        known |= {c.choice: c for c in of_these.candidates}
+        if of_these.chosen is not None:
+            finalists.append(of_these.chosen)
+    seconds = clock([c.choice for c in finalists])
+    timed = [dataclasses.replace(c, seconds=s) for c, s in zip(finalists, seconds, strict=True)]
+    known |= {c.choice: c for c in timed}
+    fastest = min(timed, key=lambda c: c.seconds or 0.0)
+    return Found(fastest, tuple(known.values()), found.budget)
 
 
 def largest(bytes_of: Callable[[int], int], budget: int, *, start: int, unit: int = 1) -> tuple[int, int] | None:

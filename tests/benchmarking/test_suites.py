@@ -130,6 +130,8 @@ def test_what_a_planner_would_choose_stands_beside_the_fastest_step_that_fits():
     sizes = dict(num_layers=2, d_model=32, sequence_length=32, batch_size=2, vocab_size=64, dtype="float32")
     row = planning(PlanningConfig(**sizes, steps=3, budgets=4, pairs=1))
     assert 0 <= row["mean_regret"] <= row["worst_regret"] and 1 <= row["most_compiled"] <= 3
+    assert 0 <= row["mean_regret_by_the_clock"] <= row["worst_regret_by_the_clock"] <= row["worst_regret"]
+    assert 1 <= row["most_timed"] <= 3
     assert len(row["steps"]) == 3 and all(step["bytes"] > 0 and step["time"] > 0 for step in row["steps"])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from revjax.errors import ConfigError
-from revjax.memory import HARDWARE, Candidate, Choice, budget_bytes, knee, largest, parse_bytes, search
+from revjax.memory import HARDWARE, Candidate, Choice, budget_bytes, by_the_clock, knee, largest, parse_bytes, search
 
 MB = 1_000_000
 
@@ -39,6 +39,38 @@ def test_the_fastest_that_really_fits_is_chosen_however_far_predictions_are_off(
         assert found.chosen.measured == really[found.chosen.choice] <= budget * MB
         assert found.chosen.time == min(c.time for c in fitting)
     assert len(tried) <= 5 and len(set(tried)) == len(tried)
+
+
+@pytest.mark.parametrize("budget", [75, 130, 300, 700])
+def test_by_the_clock_the_fastest_of_each_number_of_micro_batches_is_timed_and_one_that_fits_is_chosen(budget):
+    options, really = candidates(off=1.1)
+    took = {c.choice: c.time / c.choice.accumulation for c in options}  # more micro-batches are faster here
+    found = search(options, budget * MB, really.__getitem__)
+    timed = []
+
+    def clock(choices):
+        timed.extend(choices)
+        return [took[choice] for choice in choices]
+
+    clocked = by_the_clock(found, really.__getitem__, clock)
+    assert timed[0] == found.chosen.choice and len({c.accumulation for c in timed}) == len(timed)
+    for choice in timed:
+        assert really[choice] <= budget * MB
+        faster = [c for c in options if c.choice.accumulation == choice.accumulation and took[c.choice] < took[choice]]
+        assert all(really[c.choice] > budget * MB for c in faster)
+    assert took[clocked.chosen.choice] == clocked.chosen.seconds == min(map(took.get, timed))
+    assert {c.choice for c in clocked.candidates if c.seconds is not None} == set(timed)
+    assert len(clocked.candidates) == len(options) and clocked.budget == found.budget
+
+
+def test_what_is_predicted_to_be_much_slower_is_not_timed():
+    options, really = candidates()
+    slow = Candidate(Choice("all", 8, 1024), time=2.0, predicted=50 * MB)
+    found = search([*options, slow], 700 * MB, lambda choice: really.get(choice, 50 * MB))
+    measured = []
+    clocked = by_the_clock(found, lambda c: measured.append(c) or really[c], lambda choices: [1.0] * len(choices))
+    assert {c.choice.accumulation for c in clocked.candidates if c.seconds} == {1, 2, 4}
+    assert all(c.accumulation in (2, 4) for c in measured)  # what is known to be slow is not compiled either
 
 
 def test_a_candidate_that_another_one_beats_is_not_on_the_frontier():
