@@ -157,6 +157,26 @@ def test_a_reader_that_has_seen_enough_ends_a_command_in_silence():
         assert process.stderr.read() == b"" and process.wait() == 141
 
 
+INTERRUPTED_IN_A_CALLBACK = """
+import gc, os, signal, time
+from revjax.cli import call
+def in_a_callback(phase, info):
+    gc.callbacks.remove(in_a_callback)
+    os.kill(os.getpid(), signal.SIGINT)
+def command(words):
+    gc.callbacks.append(in_a_callback)
+    gc.collect()
+    time.sleep(60)
+    return 0
+raise SystemExit(call(command))
+"""
+
+
+def test_an_interrupt_ends_a_command_also_where_python_drops_it():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IN_A_CALLBACK], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr == "\nInterrupted.\n"
+
+
 def test_a_run_whose_log_is_broken_is_named_and_the_others_are_shown(here, capsys):
     for name, log in (("a", '{"step": 1}\n{"st\n{"step": 3}\n'), ("b", "")):
         (here / "runs" / name).mkdir(parents=True)

@@ -5,7 +5,9 @@ A mistake of the user's is one message on stderr and exit code 2. Results go to 
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from ..errors import RevjaxError, nearest
@@ -29,7 +31,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `revjax COMMAND ...`; `argv` (default: the command line) starts with the command. Returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    is_program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if argv else 2
@@ -42,11 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"revjax: there is no command {argv[0]!r}.{nearest(argv[0], COMMANDS)}\n\n{_usage()}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{argv[0]}", __package__)
-    return call(getattr(module, argv[0]), argv[1:])
+    return call(getattr(module, argv[0]), argv[1:], is_program=is_program)
 
 
-def call(command: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs one command (default: with the command line's words). Returns its exit code: 2 for a user's mistake."""
+def call(
+    command: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, is_program: bool | None = None
+) -> int:
+    """Runs one command (default: with the command line's words). Returns its exit code: 2 for a user's mistake.
+
+    Where it is all that this process does (default: where the words are the command line's), an interrupt ends it.
+    """
+    is_program = argv is None if is_program is None else is_program
+    if is_program:
+        sys.unraisablehook = _send_again
     try:
         code = command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -58,8 +68,18 @@ def call(command: Callable[[list[str]], int], argv: Sequence[str] | None = None)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:  # while nothing was under way that could be saved
-        print("\nInterrupted.", file=sys.stderr)  # below what stands on the line of the terminal
+        print("\nInterrupted.", file=sys.stderr, flush=True)  # below what stands on the line of the terminal
+        if is_program:
+            os._exit(130)  # at once: Python's own end crashes now and then where threads of XLA still run
         return 130
+
+
+def _send_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Python drops an interrupt that comes in a callback, in which jax often is while it traces (garbage collection)."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _usage() -> str:
