@@ -75,7 +75,7 @@ def call(
 
 
 def _send_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Python drops an interrupt that comes in a callback, in which jax often is while it traces (garbage collection)."""
+    """Python drops an interrupt that comes in a callback; jax often is in one while it traces (garbage collection)."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
     else:
