@@ -247,6 +247,7 @@ def test_the_longest_context_the_deepest_model_and_the_largest_batch_for_a_budge
 def test_what_cannot_be_maximized_is_one_message(capsys):
     assert "There is no size 'depth'." in message_of(capsys, ["plan", TINY, "--maximize=depth", "--budget=1GB"])
     assert "needs a budget in bytes" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--budget=balanced"])
+    assert "There is no option --buget. Did you mean '--budget'?" in message_of(capsys, ["plan", TINY, "--buget=1GB"])
     assert "--time is for one size" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--time"])
     assert "timed on the device that is here" in message_of(capsys, ["plan", TINY, "--time", "--hardware=h200"])
     assert "There is no hardware 'h20'. Did you mean 'h200'" in message_of(capsys, ["plan", TINY, "--hardware=h20"])

@@ -8,8 +8,9 @@ from ..config import load
 from ..errors import ConfigError
 from ..logging import setup
 from ..memory import HARDWARE, plot_plans
-from .words import leading_names, run_help, take
+from .words import leading_names, refuse_misspelt, run_help, take
 
+_VALUES = ("--budget", "--maximize", "--hardware", "--plot")
 USAGE = (
     "revjax plan [CONFIG.yaml ...] --budget=40GiB [--time] [--maximize=context|layers|batch] [--hardware=h200] "
     "[--section.field=value ...] [--json] [--plot=FILE.png]"
@@ -37,8 +38,9 @@ def plan(argv: list[str]) -> int:
     if take(words, "-h", "--help"):
         print(run_help(paths, words, prog="revjax plan", description=DESCRIPTION))
         return 0
+    refuse_misspelt(words, "--json", "--time", *_VALUES)
     as_json, timed = take(words, "--json"), take(words, "--time")
-    given = {name: _take_value(words, name) for name in ("--budget", "--maximize", "--hardware", "--plot")}
+    given = {name: _take_value(words, name) for name in _VALUES}
     setup()
     config = load(experiment.RunConfig, paths, words)
     experiment.use_compilation_cache(config.run.compilation_cache)

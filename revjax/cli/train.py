@@ -5,7 +5,7 @@ from ..config import load_with_provenance
 from ..errors import ConfigError, nearest
 from ..logging import setup
 from .terminal import shown
-from .words import leading_names, run_help, take
+from .words import leading_names, refuse_misspelt, run_help, take
 
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
 SWITCHES = ("--print-config", "--dry-run", "--log-format=json", "--allow-change=FIELD")
@@ -27,6 +27,7 @@ def train(argv: list[str]) -> int:
     if take(settings, "-h", "--help"):
         print(run_help(paths, settings, prog="revjax train", description=DESCRIPTION))
         return 0
+    refuse_misspelt(settings, "--print-config", "--dry-run")
     print_only, dry = take(settings, "--print-config"), take(settings, "--dry-run")
     allowed = [word for word in settings if word.startswith("--allow-change=")]
     settings = [word for word in settings if word not in allowed]

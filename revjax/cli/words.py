@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .. import experiment
 from ..config import help_text, load
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 
 
 def leading_names(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -19,6 +19,14 @@ def take(words: list[str], *switches: str) -> bool:
     for word in found:
         words.remove(word)
     return bool(found)
+
+
+def refuse_misspelt(words: Sequence[str], *options: str) -> None:
+    """Raises `ConfigError` for a word that is no setting (--section.field=value), but near to one of these options."""
+    for word in words:
+        name = word.partition("=")[0]
+        if "." not in name and name not in options and (hint := nearest(name, options)):
+            raise ConfigError(f"There is no option {name}.{hint}")
 
 
 def run_help(paths: Sequence[str], settings: Sequence[str], *, prog: str, description: str) -> str:
