@@ -109,7 +109,7 @@ SUITES: dict[str, tuple[Callable[[Any], dict[str, Any]], list[Any]]] = {
             for t in (4096, 16_384, 65_536, 131_072)
         ],
     ),
-    "cost": (cost, draw(seed=20_261_125, n=24)),
+    "cost": (cost, draw(seed=20_261_130, n=24)),
     "planner": (
         planning,
         [

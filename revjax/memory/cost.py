@@ -261,7 +261,8 @@ def _loss(s: Sizes) -> int:
     config, low = s.config, s.width < 4
     table = config.vocab_size * config.d_model
     tile = min(config.loss_tile, s.tokens) * config.vocab_size
-    streams = Count(streams=5, low_streams=1) if low else Count(streams=6)
+    n = 9 if config.resolved_readout == "concat" else 7
+    streams = Count(streams=n, low_streams=1) if low else Count(streams=n + 1)
     gradient = 0 if config.lora is not None else 4 * table
     return int(streams.bytes(s) + 2 * 4 * tile + gradient + (2 * s.width if low else 4) * table)
 
