@@ -64,8 +64,8 @@ def message_of(capsys, argv):
         (["--run.name=file"], "file is a file, but a run needs a folder."),
         (["--run.name=other"], "is not the folder of a run: it has no config.yaml, but thesis.tex."),
         (["--run.name=another"], "holds a run with another configuration: model.d_model was 128 and is now 32"),
-        (["--steps"], "There is no switch --steps. Write: revjax train"),
-        (["--dryrun"], "There is no switch --dryrun. Did you mean '--dry-run'?"),
+        (["--steps"], "There is no option --steps. Write: revjax train"),
+        (["--dryrun"], "There is no option --dryrun. Did you mean '--dry-run'?"),
         (["--log-format=xml"], "--log-format is json or text, but got 'xml'."),
         (["--num_layers=3"], "unknown field 'num_layers'. Did you mean 'model.num_layers'?"),
         (["--optimizer.name=adam"], "There is no optimizer 'adam'. Did you mean 'adamw'?"),
@@ -160,6 +160,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_in_silence():
 INTERRUPTED_IN_A_CALLBACK = """
 import gc, os, signal, time
 from revjax.cli import call
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins without
 def in_a_callback(phase, info):
     gc.callbacks.remove(in_a_callback)
     os.kill(os.getpid(), signal.SIGINT)

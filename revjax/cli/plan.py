@@ -8,7 +8,7 @@ from ..config import load
 from ..errors import ConfigError
 from ..logging import setup
 from ..memory import HARDWARE, plot_plans
-from .words import leading_names, refuse_misspelt, run_help, take
+from .words import leading_names, refuse_unknown, run_help, take
 
 _VALUES = ("--budget", "--maximize", "--hardware", "--plot")
 USAGE = (
@@ -38,7 +38,7 @@ def plan(argv: list[str]) -> int:
     if take(words, "-h", "--help"):
         print(run_help(paths, words, prog="revjax plan", description=DESCRIPTION))
         return 0
-    refuse_misspelt(words, "--json", "--time", *_VALUES)
+    refuse_unknown(words, ["--json", "--time", *_VALUES], USAGE)
     as_json, timed = take(words, "--json"), take(words, "--time")
     given = {name: _take_value(words, name) for name in _VALUES}
     setup()

@@ -11,7 +11,7 @@ from ..config import load
 from ..errors import ConfigError
 from ..logging import setup
 from ..memory import GPUUse, OpTimes, gpu_use, op_times, plot_op_times, plot_timeline, timeline
-from .words import leading_names, refuse_misspelt, run_help, take
+from .words import leading_names, refuse_unknown, run_help, take
 
 USAGE = "revjax profile [CONFIG.yaml ...] [--section.field=value ...] [--time] [--output=FOLDER]"
 DESCRIPTION = f"""{USAGE}
@@ -34,7 +34,7 @@ def profile(argv: list[str]) -> int:
     if take(settings, "-h", "--help"):
         print(run_help(paths, settings, prog="revjax profile", description=DESCRIPTION))
         return 0
-    refuse_misspelt(settings, "--time", "--output")
+    refuse_unknown(settings, ["--time", "--output"], USAGE)
     with_time = take(settings, "--time")
     outputs = [word for word in settings if word.startswith("--output=")]
     setup()

@@ -2,13 +2,13 @@
 
 from .. import experiment
 from ..config import load_with_provenance
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
 from ..logging import setup
 from .terminal import shown
-from .words import leading_names, refuse_misspelt, run_help, take
+from .words import leading_names, refuse_unknown, run_help, take
 
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
-SWITCHES = ("--print-config", "--dry-run", "--log-format=json", "--allow-change=FIELD")
+_OPTIONS = ("--print-config", "--dry-run", "--log-format", "--allow-change")
 DESCRIPTION = f"""{USAGE}
 
 Trains a model and leaves everything in runs/NAME. Run again, it continues where it ended. With a config, --help shows
@@ -27,7 +27,7 @@ def train(argv: list[str]) -> int:
     if take(settings, "-h", "--help"):
         print(run_help(paths, settings, prog="revjax train", description=DESCRIPTION))
         return 0
-    refuse_misspelt(settings, "--print-config", "--dry-run")
+    refuse_unknown(settings, _OPTIONS, USAGE)
     print_only, dry = take(settings, "--print-config"), take(settings, "--dry-run")
     allowed = [word for word in settings if word.startswith("--allow-change=")]
     settings = [word for word in settings if word not in allowed]
@@ -36,9 +36,6 @@ def train(argv: list[str]) -> int:
     settings = [word for word in settings if word not in formats]
     if unknown := [word for word in formats if word not in ("--log-format=json", "--log-format=text")]:
         raise ConfigError(f"--log-format is json or text, but got {unknown[0].partition('=')[2]!r}.")
-    for word in settings:
-        if word.startswith("--") and "=" not in word and "." not in word:
-            raise ConfigError(f"There is no switch {word}.{nearest(word, SWITCHES)} Write: {USAGE}")
     if not paths and not settings:
         raise ConfigError(f"Give a config, such as configs/quickstart.yaml. Write: {USAGE}")
     setup(format="json" if "--log-format=json" in formats else "text")

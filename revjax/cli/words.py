@@ -21,12 +21,13 @@ def take(words: list[str], *switches: str) -> bool:
     return bool(found)
 
 
-def refuse_misspelt(words: Sequence[str], *options: str) -> None:
-    """Raises `ConfigError` for a word that is no setting (--section.field=value), but near to one of these options."""
+def refuse_unknown(words: Sequence[str], options: Sequence[str], usage: str) -> None:
+    """Raises `ConfigError` for a word that is neither a setting (--section.field=value) nor one of these options."""
     for word in words:
-        name = word.partition("=")[0]
-        if "." not in name and name not in options and (hint := nearest(name, options)):
-            raise ConfigError(f"There is no option {name}.{hint}")
+        name, has_value, _ = word.partition("=")
+        is_option = word.startswith("--") and "." not in name and name not in options
+        if is_option and ((hint := nearest(name, options)) or not has_value):
+            raise ConfigError(f"There is no option {name}.{hint} Write: {usage}")
 
 
 def run_help(paths: Sequence[str], settings: Sequence[str], *, prog: str, description: str) -> str:

@@ -204,6 +204,7 @@ def test_a_function_that_differs_in_the_backward_pass_is_seen_by_the_canary():
     assert report.gradient_error is None and "Gradients were not compared" in report.notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_what_no_branch_explains_is_said_to_be_a_fault_of_revjax(monkeypatch):
     """Without the seal on what is divided by; with it, a rate that grows with depth is rebuilt to the bit."""

@@ -76,7 +76,7 @@ def test_cached_logits_equal_the_full_pass(name):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", ["window", "near-residual"])
+@pytest.mark.parametrize("name", [pytest.param("window", marks=pytest.mark.slow), "near-residual"])
 def test_the_plan_attention_gives_the_same_bits_without_the_forward_kernel_in_the_backward_pass(name):
     config = dataclasses.replace(VARIANTS[name], dtype="bfloat16", attention_dropout=0.1, dropout=0.1)
     tokens = jax.random.randint(jax.random.key(1), (1, 513), 0, 50)  # several blocks: the kernel is a loop
@@ -148,7 +148,7 @@ def test_a_layer_scale_is_a_learned_factor_of_each_increment():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", ["learned read-out", "concat", "own coupling"])
+@pytest.mark.parametrize("name", [pytest.param("learned read-out", marks=pytest.mark.slow), "concat", "own coupling"])
 def test_every_setting_of_the_streams_is_rebuilt_to_the_bit(name):
     model = make(dataclasses.replace(VARIANTS[name], dtype="bfloat16", dropout=0.1, num_layers=8))
     key = jax.random.key(2)

@@ -75,10 +75,8 @@ def close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(b))))
 
 
-LION = pytest.param({"name": "lion", "moment_dtype": "bfloat16"}, marks=pytest.mark.slow, id="lion")
-
-
-@pytest.mark.parametrize("settings", [pytest.param({}, id="adamw"), LION])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"name": "lion", "moment_dtype": "bfloat16"}], ids=["adamw", "lion"])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.optimized
 def test_the_first_step_is_the_ordinary_one_to_the_bit(how, settings):
@@ -228,6 +226,7 @@ def test_a_stack_that_the_loss_does_not_depend_on_is_not_overwritten(first):
         value_and_update(loss, halve)(model, states)
 
 
+@pytest.mark.slow
 def test_branches_without_adapters_have_nothing_to_update():
     config = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=2, layers=("query",)))
     skeleton, values = split(Decoder(config, rngs=nnx.Rngs(0)))
