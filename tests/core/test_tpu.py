@@ -18,6 +18,16 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here needs a
 B, T, D, F = 1, 2048, 512, 1024
 
 
+@pytest.fixture(autouse=True)
+def _kept_nowhere():
+    """What is compiled for a TPU cannot be read back without one."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    yield
+    jax.config.update(name, before)
+
+
 def f(w, x, side=None):
     w = w if side is None else side
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
