@@ -165,6 +165,7 @@ def in_a_callback(phase, info):
     gc.callbacks.remove(in_a_callback)
     os.kill(os.getpid(), signal.SIGINT)
 def command(words):
+    print("so far")
     gc.callbacks.append(in_a_callback)
     gc.collect()
     time.sleep(60)
@@ -175,7 +176,7 @@ raise SystemExit(call(command))
 
 def test_an_interrupt_ends_a_command_also_where_python_drops_it():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED_IN_A_CALLBACK], capture_output=True, text=True, timeout=50)
-    assert done.returncode == 130 and done.stderr == "\nInterrupted.\n"
+    assert done.returncode == 130 and done.stderr == "\nInterrupted.\n" and done.stdout == "so far\n"
 
 
 def test_a_run_whose_log_is_broken_is_named_and_the_others_are_shown(here, capsys):
@@ -249,6 +250,7 @@ def test_what_cannot_be_maximized_is_one_message(capsys):
     assert "There is no size 'depth'." in message_of(capsys, ["plan", TINY, "--maximize=depth", "--budget=1GB"])
     assert "needs a budget in bytes" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--budget=balanced"])
     assert "There is no option --buget. Did you mean '--budget'?" in message_of(capsys, ["plan", TINY, "--buget=1GB"])
+    assert "There is no option --tim. Did you mean '--time'?" in message_of(capsys, ["profile", TINY, "--tim"])
     assert "--time is for one size" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--time"])
     assert "timed on the device that is here" in message_of(capsys, ["plan", TINY, "--time", "--hardware=h200"])
     assert "There is no hardware 'h20'. Did you mean 'h200'" in message_of(capsys, ["plan", TINY, "--hardware=h20"])

@@ -3,6 +3,7 @@
 A mistake of the user's is one message on stderr and exit code 2. Results go to stdout, the log to stderr.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -69,15 +70,19 @@ def call(
         return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:  # while nothing was under way that could be saved
         print("\nInterrupted.", file=sys.stderr, flush=True)  # below what stands on the line of the terminal
-        if is_program:
-            os._exit(130)  # at once: Python's own end crashes now and then where threads of XLA still run
+        if is_program:  # ends at once: Python's own end crashes now and then where threads of XLA still run
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                sys.stdout.flush()
+            os._exit(130)
         return 130
 
 
 def _send_again(unraisable: "sys.UnraisableHookArgs") -> None:
     """Python drops an interrupt that comes in a callback; jax often is in one while it traces (garbage collection)."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+        again = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+        again.daemon = True  # a command that is done by then has ended as it should
+        again.start()
     else:
         sys.__unraisablehook__(unraisable)
 

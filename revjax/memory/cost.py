@@ -261,6 +261,7 @@ def _loss(s: Sizes) -> int:
     config, low = s.config, s.width < 4
     table = config.vocab_size * config.d_model
     tile = min(config.loss_tile, s.tokens) * config.vocab_size
+    # The streams and their cotangents, and the vectors that the head reads of them; of concat, twice as wide.
     n = 9 if config.resolved_readout == "concat" else 7
     streams = Count(streams=n, low_streams=1) if low else Count(streams=n + 1)
     gradient = 0 if config.lora is not None else 4 * table

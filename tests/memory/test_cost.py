@@ -22,6 +22,18 @@ def test_counted_bytes_are_near_those_of_the_compiled_step(plan, dtype):
     assert 0.9 * compiled < cost.bytes < 1.1 * compiled
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counted in profiles of CPU programs")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("readout", ["last", "concat"])
+def test_what_the_loss_holds_of_the_streams_is_counted(dtype, readout):
+    config = DecoderConfig(
+        num_layers=6, d_model=64, num_heads=2, vocab_size=8192, loss_tile=1024, dtype=dtype, readout=readout
+    )
+    compiled, size = step_temp_bytes(config, 4, 2048, "nothing")
+    cost = step_cost(config, 4, 2048, plan="nothing", num_params=size, state_bytes=0)
+    assert cost.highest == "loss" and 0.95 * compiled < cost.bytes < 1.05 * compiled
+
+
 @pytest.mark.optimized
 def test_a_program_that_is_only_measured_has_the_bytes_of_the_one_that_is_run():
     a, b = jnp.ones((64, 256)), jnp.ones((256, 256))
