@@ -250,6 +250,8 @@ def test_what_cannot_be_maximized_is_one_message(capsys):
     assert "There is no size 'depth'." in message_of(capsys, ["plan", TINY, "--maximize=depth", "--budget=1GB"])
     assert "needs a budget in bytes" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--budget=balanced"])
     assert "There is no option --buget. Did you mean '--budget'?" in message_of(capsys, ["plan", TINY, "--buget=1GB"])
+    assert "--time takes no value" in message_of(capsys, ["plan", TINY, "--time=3"])
+    assert "no others to time" in message_of(capsys, ["plan", TINY, "--time", "--budget=aggressive"])
     assert "There is no option --tim. Did you mean '--time'?" in message_of(capsys, ["profile", TINY, "--tim"])
     assert "--time is for one size" in message_of(capsys, ["plan", TINY, "--maximize=batch", "--time"])
     assert "timed on the device that is here" in message_of(capsys, ["plan", TINY, "--time", "--hardware=h200"])

@@ -38,7 +38,7 @@ def plan(argv: list[str]) -> int:
     if take(words, "-h", "--help"):
         print(run_help(paths, words, prog="revjax plan", description=DESCRIPTION))
         return 0
-    refuse_unknown(words, ["--json", "--time", *_VALUES], USAGE)
+    refuse_unknown(words, ["--json", "--time", *(f"{name}=" for name in _VALUES)], USAGE)
     as_json, timed = take(words, "--json"), take(words, "--time")
     given = {name: _take_value(words, name) for name in _VALUES}
     setup()

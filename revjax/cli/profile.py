@@ -34,7 +34,7 @@ def profile(argv: list[str]) -> int:
     if take(settings, "-h", "--help"):
         print(run_help(paths, settings, prog="revjax profile", description=DESCRIPTION))
         return 0
-    refuse_unknown(settings, ["--time", "--output"], USAGE)
+    refuse_unknown(settings, ["--time", "--output="], USAGE)
     with_time = take(settings, "--time")
     outputs = [word for word in settings if word.startswith("--output=")]
     setup()

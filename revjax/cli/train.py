@@ -8,7 +8,7 @@ from .terminal import shown
 from .words import leading_names, refuse_unknown, run_help, take
 
 USAGE = "revjax train [CONFIG.yaml ...] [--section.field=value ...] [--print-config | --dry-run] [--log-format=json]"
-_OPTIONS = ("--print-config", "--dry-run", "--log-format", "--allow-change")
+_OPTIONS = ("--print-config", "--dry-run", "--log-format=", "--allow-change=")
 DESCRIPTION = f"""{USAGE}
 
 Trains a model and leaves everything in runs/NAME. Run again, it continues where it ended. With a config, --help shows

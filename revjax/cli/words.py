@@ -22,11 +22,17 @@ def take(words: list[str], *switches: str) -> bool:
 
 
 def refuse_unknown(words: Sequence[str], options: Sequence[str], usage: str) -> None:
-    """Raises `ConfigError` for a word that is neither a setting (--section.field=value) nor one of these options."""
+    """Raises `ConfigError` for a word that is neither a setting (--section.field=value) nor one of these options.
+
+    Options that take a value are given with their "=".
+    """
+    names = [option.removesuffix("=") for option in options]
     for word in words:
         name, has_value, _ = word.partition("=")
-        is_option = word.startswith("--") and "." not in name and name not in options
-        if is_option and ((hint := nearest(name, options)) or not has_value):
+        if name in options and has_value:
+            raise ConfigError(f"{name} takes no value. Write: {usage}")
+        is_option = word.startswith("--") and "." not in name and name not in names
+        if is_option and ((hint := nearest(name, names)) or not has_value):
             raise ConfigError(f"There is no option {name}.{hint} Write: {usage}")
 
 

@@ -64,6 +64,8 @@ def plan(config: RunConfig, budget: str, hardware: str | None = None, *, timed: 
         return _plan(config, budget, hardware, _Compiler(config, to_run=False).bytes_of)
     if hardware is not None:
         raise ConfigError(f"Steps are timed on the device that is here, not on {hardware}: leave one of both out.")
+    if budget == "aggressive":
+        raise ConfigError("The budget aggressive is one plan, the smallest: there are no others to time.")
     compiler = _Compiler(config, to_run=True)
     return by_the_clock(_plan(config, budget, None, compiler.bytes_of), compiler.bytes_of, compiler.seconds_of)
 
@@ -316,8 +318,9 @@ class _Compiler:
         take_step = stepper(self._config, programs[0])
         steps = []
         for choice, program in zip(choices, programs, strict=True):
-            get_logger(__name__).info("timing %s ...", describe_choice(choice))
+            get_logger(__name__).info("to be timed: %s", describe_choice(choice))
             steps.append(functools.partial(take_step, program.compile()))
+        get_logger(__name__).info("timing %d plans in turn, %d steps of each ...", len(steps), _ROUNDS)
         seconds = in_turn(steps, _ROUNDS)
         of_round = seconds.mean(axis=1, keepdims=True)
         return (np.median(seconds / of_round, axis=0) * np.median(of_round)).tolist()
